@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: run test lint types install
+
+run: $(VENV)/.installed  ## install, then run the quickstart pipeline on the built-in model
+	$(BIN)/sagellm run pipelines/quickstart.yaml
+
+test: $(VENV)/.tested lint types  ## everything CI checks
+	$(BIN)/pytest
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+
+types: $(VENV)/.tested
+	@mkdir -p .cache/typing && ln -sfn ../.. .cache/typing/sageLLM
+	$(BIN)/mypy -p sageLLM
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,242 @@
+"""Typed configuration: what a YAML `engine:` section and `SageLLMConfig(...)` hold, validated on construction."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError, NotAvailableError
+
+
+class KVGranularity(StrEnum):
+    """The unit in which KV is addressed and moved."""
+
+    BLOCK = "block"
+    TOKEN = "token"
+    LAYER = "layer"
+    HEAD = "head"
+
+
+class SchedulerMode(StrEnum):
+    """How prefill and decode share workers."""
+
+    HYBRID = "hybrid"
+    TIME_SHARE = "time_share"
+    STRICT = "strict"
+
+
+class InferenceMode(StrEnum):
+    """Which part of inference this engine does."""
+
+    STANDARD = "standard"
+    PREFILL_ONLY = "prefill_only"
+    DECODE_ONLY = "decode_only"
+
+
+class DType(StrEnum):
+    """Element type of the weights; `auto` is what the checkpoint says."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class BackendType(StrEnum):
+    """A kind of device."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+Granularity = Annotated[KVGranularity, BeforeValidator(_lower)]
+Mode = Annotated[SchedulerMode, BeforeValidator(_lower)]
+Inference = Annotated[InferenceMode, BeforeValidator(_lower)]
+Dtype = Annotated[DType, BeforeValidator(_lower)]
+Backend = Annotated[BackendType | None, BeforeValidator(_lower)]
+
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """Base of every configuration object: unknown fields are errors, values are fixed once validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _refuse(asked: bool, option: str, instead: str) -> None:
+    if asked:
+        raise NotAvailableError(f"{option} is not available yet; {instead}")
+
+
+class ModelConfig(Config):
+    """Which model, and its dimensions where no checkpoint gives them.
+
+    `model_id` is a Hugging Face folder, a hub id, `builtin:pydoc-tiny` or `builtin:null`. The five dimensions are
+    needed only for an id that resolves to nothing: they build seeded random weights.
+    """
+
+    model_id: str = "builtin:pydoc-tiny"
+    revision: str | None = None
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    num_layers: Positive | None = None
+    num_heads: Positive | None = None
+    hidden_size: Positive | None = None
+    vocab_size: Positive | None = None
+    max_seq_len: Positive | None = None
+    dtype: Dtype = DType.AUTO
+    seed: int = 0
+    quantization: str | None = None
+    quantization_config: dict[str, Any] | None = None
+    sparsity_pattern: str | None = None
+    sparsity_ratio: Ratio = 0.0
+
+    @model_validator(mode="after")
+    def _available(self) -> ModelConfig:
+        _refuse(self.quantization is not None, "model.quantization", "leave it out to run the checkpoint's own dtype")
+        _refuse(self.quantization_config is not None, "model.quantization_config", "leave it out")
+        _refuse(self.sparsity_pattern is not None, "model.sparsity_pattern", "leave it out")
+        _refuse(self.sparsity_ratio > 0, "model.sparsity_ratio", "leave it at 0")
+        return self
+
+
+class KVCacheConfig(Config):
+    """The paged KV pool and its prefix tree. `max_tokens` bounds the pool; `block_size` is in tokens."""
+
+    max_tokens: Positive = 65536
+    block_size: Positive = 16
+    granularity: Granularity = KVGranularity.BLOCK
+    enable_tiering: bool = False
+    hbm_ratio: Ratio = 1.0
+    ddr_ratio: Ratio = 0.0
+    nvme_ratio: Ratio = 0.0
+    nvme_path: Path | None = None
+    enable_prefix_caching: bool = True
+    enable_cross_request_sharing: bool = True
+    enable_migration: bool = False
+    hot_threshold: Annotated[float, Field(gt=0)] = 1.0
+    cold_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _available(self) -> KVCacheConfig:
+        _refuse(self.granularity is not KVGranularity.BLOCK, f"kv_cache.granularity {self.granularity.name}", "use BLOCK")
+        tiered = self.enable_tiering or self.ddr_ratio > 0 or self.nvme_ratio > 0 or self.nvme_path is not None
+        _refuse(tiered or self.hbm_ratio < 1, "kv_cache tiering", "leave enable_tiering, the ratios and nvme_path out")
+        _refuse(self.enable_migration, "kv_cache.enable_migration", "leave it false")
+        changed = {"hot_threshold", "cold_timeout_s"} & self.model_fields_set
+        _refuse(
+            (self.hot_threshold, self.cold_timeout_s) != (1.0, 60.0),
+            f"kv_cache.{'/'.join(sorted(changed))}",
+            "it classifies blocks for migration: leave it out",
+        )
+        if self.max_tokens < self.block_size:
+            raise ValueError(f"max_tokens {self.max_tokens} is less than one block of {self.block_size} tokens")
+        return self
+
+
+class SchedulerConfig(Config):
+    """What may run at once, and how long a request may wait. Batch sizes are in sequences, budgets in tokens.
+
+    `max_batch_size` bounds the sequences that hold a lease, `max_decode_batch` those that get a token in one step,
+    `max_prefill_batch` those whose prompt is computed in one step; `max_step_tokens` bounds the tokens of one step
+    and so the size of a prompt chunk. `queue_timeout_s` is the longest wait for a lease, `request_timeout_s` the
+    longest time from arrival to the last token; 0 is no limit.
+    """
+
+    mode: Mode = SchedulerMode.HYBRID
+    prefill_workers: Positive = 1
+    decode_workers: Positive = 1
+    max_batch_size: Positive = 64
+    max_prefill_batch: Positive = 8
+    max_decode_batch: Positive = 64
+    max_step_tokens: Positive = 2048
+    launch_ahead: bool = True
+    request_timeout_s: Annotated[float, Field(ge=0)] = 60.0
+    queue_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+
+    @model_validator(mode="after")
+    def _available(self) -> SchedulerConfig:
+        _refuse(self.mode is not SchedulerMode.HYBRID, f"scheduler.mode {self.mode.name}", "use HYBRID")
+        _refuse(self.prefill_workers > 1 or self.decode_workers > 1, "more than one worker", "use 1 and 1")
+        return self
+
+
+class BackendConfig(Config):
+    """The device. `backend_type` None detects one: CUDA where there is one, else CPU. `threads` 0 is every core."""
+
+    backend_type: Backend = None
+    device_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    threads: Annotated[int, Field(ge=0)] = 0
+    tensor_parallel_size: Positive = 1
+    pipeline_parallel_size: Positive = 1
+
+    @model_validator(mode="after")
+    def _available(self) -> BackendConfig:
+        _refuse(self.tensor_parallel_size > 1, "backend.tensor_parallel_size > 1", "use 1")
+        _refuse(self.pipeline_parallel_size > 1, "backend.pipeline_parallel_size > 1", "use 1")
+        _refuse(len(self.device_ids) > 1, "more than one device id", "give one")
+        return self
+
+
+class BenchmarkConfig(Config):
+    """What is measured. Gates turn a run into a failure: throughput in output tokens/s, latencies in ms (mean)."""
+
+    enable_profiling: bool = False
+    enable_metrics: bool = True
+    enable_gates: bool = False
+    min_throughput_tps: Annotated[float, Field(ge=0)] | None = None
+    max_ttft_ms: Annotated[float, Field(ge=0)] | None = None
+    max_tpot_ms: Annotated[float, Field(ge=0)] | None = None
+
+
+class SageLLMConfig(Config):
+    """Everything an engine needs; the same object a pipeline's `engine:` section becomes."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    kv_cache: KVCacheConfig = Field(default_factory=KVCacheConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    backend: BackendConfig = Field(default_factory=BackendConfig)
+    benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig)
+    inference_mode: Inference = InferenceMode.STANDARD
+
+    @model_validator(mode="after")
+    def _available(self) -> SageLLMConfig:
+        mode = self.inference_mode
+        _refuse(mode is not InferenceMode.STANDARD, f"inference_mode {mode.name}", "use STANDARD")
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> SageLLMConfig:
+        """Read a YAML file that holds the sections `model`, `kv_cache`, ...; a pipeline's `engine:` key works too.
+
+        Raises:
+            ConfigError: the file cannot be read, is not YAML, or holds unknown or mistyped fields.
+            NotAvailableError: it asks for something this version cannot serve.
+        """
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: found {type(data).__name__}, write a mapping with `model:`, `kv_cache:`, ...")
+        if "engine" in data:
+            data = data["engine"]
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise ConfigError("\n".join(lines)) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, enums by their YAML names: `SageLLMConfig(**config.to_dict()) == config`."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,68 @@
+"""What the graph knows of an operator without running it: its ports, its configuration, what it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+
+class RecordKind(StrEnum):
+    """The kinds of record an edge can carry; one for each class in records.py."""
+
+    REQUEST = "request"
+    SEQUENCE = "sequence"
+    DELTA = "delta"
+    COMPLETION = "completion"
+    DEAD_LETTER = "dead_letter"
+
+
+ANY_KIND = frozenset(RecordKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A named end of an edge and the record kinds it takes or gives.
+
+    An output port with `same_as` gives what arrives at that input port (filter, map, tee).
+    """
+
+    name: str
+    kinds: frozenset[RecordKind] = ANY_KIND
+    same_as: str | None = None
+
+
+ERROR_PORT = Port("error", frozenset({RecordKind.DEAD_LETTER}))
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSpec:
+    """The declaration of one operator type.
+
+    `requires` and `provides` name facts about a sequence ("leased", "prefilled"): on every path from a source, each
+    required fact must have been provided upstream; this finds missing stages. `writes` names the config field whose
+    value is a file this operator writes, so that two writers of one file are found.
+    """
+
+    name: str
+    summary: str
+    guarantee: str
+    config_model: type[Config]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    requires: frozenset[str] = field(default_factory=frozenset)
+    provides: frozenset[str] = field(default_factory=frozenset)
+    writes: str | None = None
+    example: str = ""
+    factory: Any = None  # the Operator class
+
+    @property
+    def is_source(self) -> bool:
+        return not self.inputs
+
+    @property
+    def is_sink(self) -> bool:
+        return all(port.name == "error" for port in self.outputs)

@@ -1,0 +1,223 @@
+"""What flows along the edges of a pipeline.
+
+    Request ──tokenize──> Sequence ──decode──> TokenDelta* and the finished Sequence ──detokenize──> Completion
+       └───────────────── any stage may turn a record into a DeadLetter on its error port ─────────────┘
+
+A record belongs to one operator at a time; an operator that sends it on must not touch it again. All times are
+`time.monotonic()` seconds. Token ids are int32 numpy arrays inside the engine and plain lists at its edges.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. The first two are a normal end."""
+
+    STOP = "stop"  # end-of-sequence token, stop token id or stop string
+    LENGTH = "length"  # max_new_tokens, or the model's context is full
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(slots=True, frozen=True)
+class SourcePosition:
+    """Where a record came from: enough to find the line again and to know that it is the same file."""
+
+    file: str
+    line: int  # 1-based
+    offset: int  # byte offset of the line's first byte
+    fingerprint: str  # of the file's content, see operators/sources/fingerprint.py
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"file": self.file, "line": self.line, "offset": self.offset, "fingerprint": self.fingerprint}
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingParams:
+    """How the next token is chosen. `None` means "what the model's generation_config.json says".
+
+    `logprobs=k` asks for the chosen token's logprob and the k most likely alternatives at every output position;
+    `prompt_logprobs=k` the same for every prompt position after the first.
+    """
+
+    max_new_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float | None = None  # 0 is greedy
+    top_k: int | None = None  # 0 is off
+    top_p: float | None = None
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def with_defaults(
+        self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0
+    ) -> SamplingParams:
+        """Return a copy in which no field is `None` for want of a value."""
+        if None not in (self.temperature, self.top_k, self.top_p, self.repetition_penalty):
+            return self
+        return replace(
+            self,
+            temperature=temperature if self.temperature is None else self.temperature,
+            top_k=top_k if self.top_k is None else self.top_k,
+            top_p=top_p if self.top_p is None else self.top_p,
+            repetition_penalty=repetition_penalty if self.repetition_penalty is None else self.repetition_penalty,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request as a source read it: exactly one of `prompt`, `messages`, `prompt_tokens` is set."""
+
+    request_id: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    prompt_tokens: list[int] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stream: bool = False  # emit a TokenDelta per step, not only the Completion
+    tenant: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+    src: SourcePosition | None = None
+    arrival: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Logprobs at one position: the token that is there, and the most likely ones, best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One of a request's `n` outputs. `output_tokens` is filled by decode, `text` by detokenize."""
+
+    index: int = 0
+    output_tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_matched: str | int | None = None  # the stop string or token id that ended it
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class Timings:
+    """When things happened to a sequence; `None` is "not yet"."""
+
+    queued: float | None = None  # entered `schedule`
+    scheduled: float | None = None  # got its lease
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A tokenized request on its way through the engine, with everything that later stages add to it."""
+
+    request: Request
+    prompt_tokens: NDArray[np.int32]  # [T]
+    sampling: SamplingParams  # no `None` left that means "default"
+    eos_token_ids: tuple[int, ...] = ()
+    choices: list[Choice] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    timings: Timings = field(default_factory=Timings)
+    prefix_hit_tokens: int = 0
+    kv: Any = None  # the worker's handle to this sequence's KV blocks; None outside schedule..decode
+    cancelled: bool = False
+    error: str | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+
+@dataclass(slots=True, eq=False)
+class TokenDelta:
+    """What one choice of a streaming request gained in one step. `text` is filled by detokenize."""
+
+    sequence: Sequence
+    choice: int
+    tokens: list[int]
+    text: str = ""
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request.request_id
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Measured, in milliseconds; `tpot_ms` is the mean over output tokens after the first, 0 with fewer than two."""
+
+    queue_ms: float = 0.0
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0
+    e2e_ms: float = 0.0
+    prefix_hit_tokens: int = 0
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {
+            "queue_ms": round(self.queue_ms, 3),
+            "ttft_ms": round(self.ttft_ms, 3),
+            "tpot_ms": round(self.tpot_ms, 3),
+            "e2e_ms": round(self.e2e_ms, 3),
+            "prefix_hit_tokens": self.prefix_hit_tokens,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """The terminal record of a request that was computed."""
+
+    request: Request
+    choices: list[Choice]
+    prompt_length: int
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def output_length(self) -> int:
+        return sum(len(choice.output_tokens) for choice in self.choices)
+
+
+@dataclass(slots=True, eq=False)
+class DeadLetter:
+    """The terminal record of a request that was not computed, or of a line that is no request."""
+
+    error: str
+    raw: str = ""
+    src: SourcePosition | None = None
+    request: Request | None = None
+
+    @property
+    def request_id(self) -> str | None:
+        return None if self.request is None else self.request.request_id
+
+
+Record = Request | Sequence | TokenDelta | Completion | DeadLetter

@@ -1,0 +1,156 @@
+"""The base of every operator: its declaration (class attributes) and its life (open, run, close).
+
+An operator in ten lines:
+
+    @operator("shout")
+    class Shout(Operator[OperatorConfig]):
+        \"\"\"Makes every answer loud.\"\"\"
+
+        guarantee = "one record out for each record in, in order"
+        inputs = (Port("in", frozenset({RecordKind.COMPLETION})),)
+        outputs = (Port("out", same_as="in"),)
+
+        async def process(self, records, out):
+            for completion in records:
+                completion.choices[0].text = completion.choices[0].text.upper()
+            await out.send(records)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from pydantic import Field
+
+from ...config import Config
+from ...graph.operator_spec import ERROR_PORT, OperatorSpec, Port, RecordKind
+from ...graph.registry import register
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from pathlib import Path
+
+    from ...records import DeadLetter, Record
+    from ..services import EngineServices
+    from .ledger import Ledger
+
+__all__ = ["ERROR_PORT", "Operator", "OperatorConfig", "OperatorContext", "Outlet", "Port", "RecordKind", "operator"]
+
+
+class RestartPolicy(Config):
+    """How often a failed operator is opened again: `max_restarts` within `window_s` seconds, then the flow fails."""
+
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    window_s: Annotated[float, Field(gt=0)] = 60.0
+    backoff_s: Annotated[float, Field(ge=0)] = 0.1
+
+
+class OperatorConfig(Config):
+    """Fields that every operator has. `buffer` bounds its input queue, in records.
+
+    `on_error` says what happens to a record that this operator cannot process: `route` sends a dead letter to the
+    error port, `drop` counts and forgets it, `fail` stops the run.
+    """
+
+    buffer: Annotated[int, Field(gt=0)] = 1024
+    on_error: Literal["route", "drop", "fail"] = "route"
+    restart: RestartPolicy = Field(default_factory=RestartPolicy)
+
+
+class Outlet(Protocol):
+    """Where an operator puts its results."""
+
+    async def send(self, records: Sequence[Record], port: str = "out") -> None:
+        """Send records to every edge of a port; waits while a queue downstream is full."""
+        ...
+
+    async def reject(self, letters: Sequence[DeadLetter]) -> None:
+        """Hand over records that failed; what becomes of them is `on_error`'s choice.
+
+        Raises:
+            FlowError: `on_error` is `fail`.
+        """
+        ...
+
+
+@dataclass(slots=True, frozen=True)
+class OperatorContext:
+    """What an operator may reach beside its records."""
+
+    name: str  # the node's name in the pipeline
+    engine: EngineServices  # tokenizer, KV cache, scheduler, worker
+    ledger: Ledger  # who is in flight
+    base_dir: Path  # relative paths in the configuration start here
+    request_drain: Callable[[str], None]  # ask the whole flow to drain, with the reason
+
+
+ConfigT = TypeVar("ConfigT", bound=OperatorConfig)
+
+
+class Operator(Generic[ConfigT]):
+    """One stage. Subclasses override `process`, or `run` when they need more than one record list at a time.
+
+    The runtime calls `open`, then `run` once, then `close`, all in one task. A raised exception is an operator failure
+    (restart policy); a bad record is not: pass it to `out.reject`.
+    """
+
+    config_model: ClassVar[type[OperatorConfig]] = OperatorConfig
+    inputs: ClassVar[tuple[Port, ...]] = ()
+    outputs: ClassVar[tuple[Port, ...]] = ()
+    guarantee: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[str | None] = None
+    example: ClassVar[str] = ""
+
+    def __init__(self, config: ConfigT, context: OperatorContext) -> None:
+        self.config = config
+        self.context = context
+
+    async def open(self) -> None:
+        """Acquire what the operator needs. Called again after a restart."""
+
+    async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        """Consume record lists until the inputs end. Sources ignore `inlet` and return when they have no more."""
+        async for records in inlet:
+            await self.process(records, out)
+        await self.finish(out)
+
+    async def process(self, records: list[Any], out: Outlet) -> None:
+        """Handle one list of records."""
+        raise NotImplementedError(f"{type(self).__name__} must override process() or run()")
+
+    async def finish(self, out: Outlet) -> None:
+        """Send what is held back; the inputs have ended."""
+
+    async def close(self) -> None:
+        """Release everything; also called after a failure and on abort."""
+
+
+OperatorT = TypeVar("OperatorT", bound=type[Operator[Any]])
+
+
+def operator(name: str) -> Callable[[OperatorT], OperatorT]:
+    """Register an operator class under the name that pipelines use as `type:`."""
+
+    def decorate(cls: OperatorT) -> OperatorT:
+        doc = (cls.__doc__ or "").strip()
+        register(
+            OperatorSpec(
+                name=name,
+                summary=doc.split("\n\n")[0].replace("\n", " "),
+                guarantee=cls.guarantee,
+                config_model=cls.config_model,
+                inputs=cls.inputs,
+                outputs=cls.outputs,
+                requires=cls.requires,
+                provides=cls.provides,
+                writes=cls.writes,
+                example=cls.example,
+                factory=cls,
+            )
+        )
+        return cls
+
+    return decorate
