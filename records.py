@@ -97,6 +97,8 @@ class Request:
     cache_salt: str = ""
     priority: int = 0
     src: SourcePosition | None = None
+    interactive: bool = False  # somebody waits for it: the scheduler's timeouts apply
+    cancelled: bool = False  # set from any thread; the stages notice
     arrival: float = field(default_factory=time.monotonic)
 
 
@@ -144,13 +146,17 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     timings: Timings = field(default_factory=Timings)
     prefix_hit_tokens: int = 0
-    kv: Any = None  # the worker's handle to this sequence's KV blocks; None outside schedule..decode
-    cancelled: bool = False
+    kv: Any = None  # a PrefixHint after kv_lookup, the Lease from schedule to the end of decode
     error: str | None = None
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def ended(self) -> bool:
+        """Whether every choice has a finish reason: later stages pass it on untouched."""
+        return self.timings.finished is not None
 
 
 @dataclass(slots=True, eq=False)

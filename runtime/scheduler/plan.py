@@ -1,0 +1,53 @@
+"""What one step computes, in numpy: made without a device, launched by an executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ...records import TokenLogprobs
+
+
+@dataclass(slots=True)
+class PromptChunk:
+    """Tokens [start, start + length) of one row, computed in this step."""
+
+    slot: int
+    start: int
+    tokens: NDArray[np.int32]  # [length]
+    next_tokens: NDArray[np.int32] | None = None  # [length or length - 1]: set where prompt logprobs are asked for
+    top_logprobs: int = 0
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. Rows are the decoding slots in order, then the chunks; tokens lie in the same order."""
+
+    decode_slots: NDArray[np.int64]  # [D]
+    decode_positions: NDArray[np.int64]  # [D]
+    chunks: list[PromptChunk]
+    block_tables: NDArray[np.int32]  # [D + C, B]
+    copies: list[tuple[int, int]]  # (source, target) blocks, copied before anything else
+    sample_slots: NDArray[np.int64]  # [R] slots that get a token
+    sample_rows: NDArray[np.int64]  # [R] index of the token, among the step's T, whose logits are sampled
+    sample_steps: NDArray[np.int64]  # [R] index of the output token
+    sample_epochs: NDArray[np.int64]  # [R] the slots' epochs when this was planned
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_slots) + sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced, on the host. Logprob arrays are None where no row asked for them."""
+
+    tokens: NDArray[np.int64]  # [R]
+    logprobs: NDArray[np.float32] | None = None  # [R]
+    top_ids: NDArray[np.int64] | None = None  # [R, k]
+    top_logprobs: NDArray[np.float32] | None = None  # [R, k]
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # by chunk index

@@ -1,0 +1,87 @@
+"""The waiting queue: sequences that have no lease yet, first come first served."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ...records import Choice, FinishReason, Sequence
+
+if TYPE_CHECKING:
+    from .lease import LeaseBook
+
+
+def end_unstarted(sequence: Sequence, reason: FinishReason) -> None:
+    """Finish a sequence that has computed nothing."""
+    sequence.choices = [Choice(index, finish_reason=reason) for index in range(sequence.sampling.n)]
+    sequence.timings.finished = time.monotonic()
+    sequence.kv = None
+
+
+class WaitingQueue:
+    """Sequences in arrival order. A sequence whose prefix a running prompt computes is passed over, not moved."""
+
+    def __init__(self, leases: LeaseBook, queue_timeout_s: float, request_timeout_s: float) -> None:
+        self._leases = leases
+        self._queue_timeout_s = queue_timeout_s
+        self._request_timeout_s = request_timeout_s
+        self._waiting: deque[Sequence] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def offer(self, sequence: Sequence) -> None:
+        """Queue a sequence at the end."""
+        sequence.timings.queued = time.monotonic()
+        self._waiting.append(sequence)
+
+    def take_granted(self) -> list[Sequence]:
+        """Grant leases from the front until one does not fit; the granted carry their lease in `kv`."""
+        granted: list[Sequence] = []
+        passed_over: list[Sequence] = []
+        now = time.monotonic()
+        while self._waiting and self._leases.free_slots:
+            sequence = self._waiting[0]
+            if self._leases.is_prefix_being_computed(sequence):
+                passed_over.append(self._waiting.popleft())
+                continue
+            lease = self._leases.grant(sequence)
+            if lease is None:
+                break
+            self._waiting.popleft()
+            sequence.kv = lease
+            sequence.prefix_hit_tokens = lease.hit_tokens
+            sequence.timings.scheduled = now
+            granted.append(sequence)
+        self._waiting.extendleft(reversed(passed_over))
+        return granted
+
+    def deadline(self, sequence: Sequence) -> float:
+        """When a waiting sequence must be given up, in monotonic seconds; lines of a file wait for ever."""
+        if not sequence.request.interactive:
+            return float("inf")
+        queued = sequence.timings.queued or 0.0
+        queue_end = queued + self._queue_timeout_s if self._queue_timeout_s else float("inf")
+        request_end = sequence.request.arrival + self._request_timeout_s if self._request_timeout_s else float("inf")
+        return min(queue_end, request_end)
+
+    def next_deadline(self) -> float:
+        """The earliest deadline of all that wait; infinity if nobody has one."""
+        return min(map(self.deadline, self._waiting), default=float("inf"))
+
+    def take_ended(self) -> list[Sequence]:
+        """Remove and finish what was cancelled or has waited too long."""
+        now = time.monotonic()
+        ended = []
+        for sequence in self._waiting:
+            if sequence.request.cancelled:
+                end_unstarted(sequence, FinishReason.CANCELLED)
+                ended.append(sequence)
+            elif self.deadline(sequence) <= now:
+                end_unstarted(sequence, FinishReason.TIMEOUT)
+                ended.append(sequence)
+        if ended:
+            gone = set(map(id, ended))
+            self._waiting = deque(s for s in self._waiting if id(s) not in gone)
+        return ended
