@@ -70,6 +70,10 @@ class Backend(Protocol):
         """x [..., D] / rms(x) * weight, accumulated in float32."""
         ...
 
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(rms_norm(residual + x), residual + x). Both inputs are given up: either may be written to."""
+        ...
+
     def apply_rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q [T, H, D] and k [T, K, D] (half-split layout) by cos, sin [T, D/2]."""
         ...

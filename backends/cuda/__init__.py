@@ -1,0 +1,7 @@
+"""CUDA devices."""
+
+from __future__ import annotations
+
+from .backend import CUDABackend
+
+__all__ = ["CUDABackend"]

@@ -1,0 +1,47 @@
+"""Choose the device that a configuration asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config import BackendType
+from ..errors import ConfigError
+from .host import cpu_quota
+
+if TYPE_CHECKING:
+    from ..config import BackendConfig
+    from .base import Backend
+
+
+def detect_backend(config: BackendConfig) -> Backend:
+    """The backend for `config`: the one it names, else CUDA where there is a device, else the CPU.
+
+    On the CPU this also sets torch's thread count for the whole process: `threads`, or torch's own default (every
+    physical core) within the control group's quota.
+
+    Raises:
+        ConfigError: CUDA is asked for and torch sees none, or there is no device with that id.
+    """
+    import torch
+
+    wanted = config.backend_type
+    if wanted is None:
+        wanted = BackendType.CUDA if torch.cuda.is_available() else BackendType.CPU
+    if wanted is BackendType.CUDA:
+        from .cuda import CUDABackend
+
+        index, count = config.device_ids[0], torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ConfigError(
+                "backend.backend_type: cuda is asked for, but torch sees no CUDA device: "
+                "write `backend_type: cpu`, or leave it out"
+            )
+        if index >= count:
+            raise ConfigError(f"backend.device_ids: found {index}, but the CUDA devices are 0 to {count - 1}")
+        return CUDABackend(torch.device("cuda", index))
+
+    from .cpu import CPUBackend
+
+    default = torch.get_num_threads()
+    torch.set_num_threads(config.threads or min(default, cpu_quota() or default))
+    return CPUBackend()
