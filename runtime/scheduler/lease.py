@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...kv_runtime.cache import KVCache
-    from ...records import Sequence
+    from ...records import Request, Sequence
 
 Namespace = tuple[str, str]
 
@@ -62,9 +62,11 @@ class LeaseBook:
     kv: KVCache
     num_slots: int
     block_size: int
+    paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
     _computing: dict[tuple[Namespace, bytes], list[Sequence]] = field(default_factory=dict)
+    _in_transit: dict[int, tuple[Sequence, Lease]] = field(default_factory=dict)  # by id of the request
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_slots - 1, -1, -1))
@@ -95,7 +97,7 @@ class LeaseBook:
         """Give slots and blocks, or None while there are too few."""
         prompt, count = sequence.prompt_tokens, sequence.sampling.n
         with self._lock:
-            if len(self._free) < count:
+            if self.paused or len(self._free) < count:
                 return None
             slots = [self._free.pop() for _ in range(count)]
         reuse = isinstance(sequence.kv, PrefixHint) and sequence.sampling.prompt_logprobs is None
@@ -106,6 +108,7 @@ class LeaseBook:
             return None
         blocks, hit, copy, fork_blocks = granted
         lease = Lease(slots, blocks, hit, copy, fork_blocks)
+        self._in_transit[id(sequence.request)] = (sequence, lease)
         if reuse and len(prompt) - hit > self.block_size:
             lease.prefix_key = self._prefix_key(sequence)
             with self._lock:
@@ -160,13 +163,29 @@ class LeaseBook:
                 if not waiting:
                     del self._computing[key]
 
+    def arrive(self, sequence: Sequence) -> None:
+        """The worker has the sequence: from here on it gives the lease back."""
+        self._in_transit.pop(id(sequence.request), None)
+
+    @property
+    def any_in_transit(self) -> bool:
+        """Whether a lease was granted to a sequence that has not reached the worker."""
+        return bool(self._in_transit)
+
+    def reclaim(self, request: Request) -> bool:
+        """Take back the lease of a request that ended on its way to the worker; False if there is none."""
+        held = self._in_transit.pop(id(request), None)
+        if held is not None:
+            self.give_back_unused(*held)
+        return held is not None
+
     def give_back_slot(self, slot: int) -> None:
         """A row ended."""
         with self._lock:
             self._free.append(slot)
 
     def give_back_unused(self, sequence: Sequence, lease: Lease) -> None:
-        """Return a lease that never reached the worker."""
+        """Return a lease that the worker never used."""
         self.prefix_computed(sequence, lease)
         self.kv.release(lease.blocks)
         self.kv.release(lease.fork_blocks)

@@ -27,6 +27,7 @@ class WaitingQueue:
         self._queue_timeout_s = queue_timeout_s
         self._request_timeout_s = request_timeout_s
         self._waiting: deque[Sequence] = deque()
+        self._interactive = 0  # only these may be cancelled or meet a deadline
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -35,6 +36,7 @@ class WaitingQueue:
         """Queue a sequence at the end."""
         sequence.timings.queued = time.monotonic()
         self._waiting.append(sequence)
+        self._interactive += sequence.request.interactive
 
     def take_granted(self) -> list[Sequence]:
         """Grant leases from the front until one does not fit; the granted carry their lease in `kv`."""
@@ -54,6 +56,7 @@ class WaitingQueue:
             sequence.prefix_hit_tokens = lease.hit_tokens
             sequence.timings.scheduled = now
             granted.append(sequence)
+            self._interactive -= sequence.request.interactive
         self._waiting.extendleft(reversed(passed_over))
         return granted
 
@@ -68,12 +71,16 @@ class WaitingQueue:
 
     def next_deadline(self) -> float:
         """The earliest deadline of all that wait; infinity if nobody has one."""
+        if not self._interactive:
+            return float("inf")
         return min(map(self.deadline, self._waiting), default=float("inf"))
 
     def take_ended(self) -> list[Sequence]:
         """Remove and finish what was cancelled or has waited too long."""
+        ended: list[Sequence] = []
+        if not self._interactive:
+            return ended
         now = time.monotonic()
-        ended = []
         for sequence in self._waiting:
             if sequence.request.cancelled:
                 end_unstarted(sequence, FinishReason.CANCELLED)
@@ -82,6 +89,7 @@ class WaitingQueue:
                 end_unstarted(sequence, FinishReason.TIMEOUT)
                 ended.append(sequence)
         if ended:
+            self._interactive -= sum(sequence.request.interactive for sequence in ended)
             gone = set(map(id, ended))
             self._waiting = deque(s for s in self._waiting if id(s) not in gone)
         return ended

@@ -1,0 +1,46 @@
+"""kv_commit: makes computed KV reusable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
+from ..runtime.scheduler.lease import Lease, namespace_of
+
+_SEQUENCE = frozenset({RecordKind.SEQUENCE})
+
+
+class KVCommitConfig(OperatorConfig):
+    """`outputs`: also commit the KV of the generated tokens, when the sequence ends."""
+
+    outputs: bool = True
+
+
+@operator("kv_commit")
+class KVCommit(Operator[KVCommitConfig]):
+    """Enters each prompt's KV into the prefix tree as soon as it is computed, so that requests in flight share it.
+
+    The output's KV follows when the sequence ends, before its blocks go back to the pool.
+
+    Guarantee: one record out for each record in, in order.
+    """
+
+    config_model = KVCommitConfig
+    inputs = (Port("in", _SEQUENCE),)
+    outputs = (Port("out", _SEQUENCE),)
+    requires = frozenset({"prefilled"})
+    provides = frozenset({"committed"})
+    guarantee = "one record out for each record in, in order"
+    example = "kv_commit: {outputs: true}"
+
+    async def process(self, records: list[Any], out: Outlet) -> None:
+        engine = self.context.engine
+        for sequence in records:
+            lease = sequence.kv
+            if not isinstance(lease, Lease):
+                continue  # ended before its prompt was computed
+            engine.kv.commit(sequence.prompt_tokens, lease.blocks, namespace_of(sequence))
+            lease.commit_outputs = self.config.outputs
+            engine.leases.prefix_computed(sequence, lease)
+        engine.worker.on_leases_returned()
+        await out.send(records)

@@ -1,0 +1,101 @@
+"""schedule: grants leases. The source of backpressure."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+from pydantic import Field
+
+from ..errors import RequestError
+from ..records import DeadLetter
+from ..runtime.flow.mailbox import Mailbox
+from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ..records import Sequence
+
+_SEQUENCE = frozenset({RecordKind.SEQUENCE})
+
+
+class ScheduleConfig(OperatorConfig):
+    """`max_waiting` bounds the sequences that wait for a lease; beyond it the inputs are not read."""
+
+    max_waiting: int = Field(default=256, gt=0)
+
+
+@operator("schedule")
+class Schedule(Operator[ScheduleConfig]):
+    """Lets a sequence pass when there is a running slot for it and KV blocks for its prompt, first come first served.
+
+    A prompt whose prefix is being computed right now waits for it rather than compute it twice. Cancelled sequences
+    and those past their deadline leave at once, ended, and later stages pass them on. What can never fit is rejected.
+
+    Guarantee: every sequence leaves exactly once, on `out` or `error`; granted in order of arrival, except behind a
+    prefix that is being computed.
+    """
+
+    config_model = ScheduleConfig
+    inputs = (Port("in", _SEQUENCE),)
+    outputs = (Port("out", _SEQUENCE), ERROR_PORT)
+    requires = frozenset({"tokenized"})
+    provides = frozenset({"leased"})
+    guarantee = "every sequence leaves exactly once, on `out` or `error`"
+    example = "schedule: {max_waiting: 256}"
+
+    async def open(self) -> None:
+        engine = self.context.engine
+        self._leases, self._waiting = engine.leases, engine.waiting
+        self._returned: Mailbox[None] = Mailbox()
+        self._room = anyio.Event()
+        self._ended = False
+        engine.worker.on_leases_returned = self._wake
+
+    def _wake(self) -> None:
+        self._returned.put([None])
+
+    async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._read, inlet, out)
+            await self._grant(out)
+
+    async def _read(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        async for records in inlet:
+            refused = []
+            for sequence in records:
+                try:
+                    self._leases.check_fits(sequence)
+                    self._waiting.offer(sequence)
+                except RequestError as error:
+                    refused.append(DeadLetter(str(error), src=sequence.request.src, request=sequence.request))
+            if refused:
+                await out.reject(refused)
+            self._wake()
+            while len(self._waiting) >= self.config.max_waiting:
+                self._room = anyio.Event()
+                await self._room.wait()
+        self._ended = True
+        self._wake()
+
+    async def _grant(self, out: Outlet) -> None:
+        while True:
+            passing: list[Sequence] = self._waiting.take_ended() + self._waiting.take_granted()
+            if len(self._waiting) < self.config.max_waiting:
+                self._room.set()
+            if passing:
+                await out.send(passing)
+                continue
+            if self._ended and not len(self._waiting):
+                return
+            with anyio.move_on_after(self._time_to_deadline()):
+                await self._returned.get()
+
+    def _time_to_deadline(self) -> float | None:
+        earliest = self._waiting.next_deadline()
+        return None if earliest == float("inf") else max(0.0, earliest - time.monotonic())
+
+    async def close(self) -> None:
+        self._returned.close()

@@ -1,0 +1,276 @@
+"""The planner: which tokens the next step computes. Deterministic, no torch, unit-tested without a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...errors import KVCacheError
+from .lease import BlockCopy, namespace_of
+from .plan import PromptChunk, StepPlan
+from .resident import ResidentTable, RowState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from ...kv_runtime.cache import KVCache
+
+
+class MustReadFirst(Exception):
+    """Blocks ran out while steps are unread: read them, then plan again (a row can be preempted only when known)."""
+
+
+class Planner:
+    """Plans hybrid steps: every decoding row gets a token, prompt chunks fill the rest of the token budget."""
+
+    def __init__(
+        self,
+        table: ResidentTable,
+        kv: KVCache,
+        max_step_tokens: int,
+        max_prefill_batch: int,
+        max_decode_batch: int,
+        on_preempted: Callable[[int], None],
+        leases_in_transit: Callable[[], bool],
+    ) -> None:
+        self._table = table
+        self._kv = kv
+        self._max_step_tokens = max_step_tokens
+        self._max_prefill_batch = max_prefill_batch
+        self._max_decode_batch = max_decode_batch
+        self._on_preempted = on_preempted
+        self._leases_in_transit = leases_in_transit
+        self._copies: list[BlockCopy] = []
+        self.preemptions = 0
+
+    def add_copy(self, copy: BlockCopy) -> None:
+        """Have a block copied at the start of the next step; the source stays retained until then."""
+        self._copies.append(copy)
+
+    def plan(self, unread_steps: int) -> StepPlan | None:
+        """Plan one step, or None when nothing can be computed now.
+
+        Raises:
+            MustReadFirst: a row must be preempted, but `unread_steps` > 0.
+            KVCacheError: one row alone does not fit the pool (admission should have refused it).
+        """
+        self._resume_preempted()
+        decode = self._decode_slots(unread_steps)
+        chunks = self._chunks(self._max_step_tokens - len(decode))
+        if not len(decode) and not chunks:
+            return None
+        plan = self._build(decode, chunks)
+        self._advance(decode, chunks)
+        return plan
+
+    # -- decode ------------------------------------------------------------------------------------------------------
+
+    def _decode_slots(self, unread_steps: int) -> NDArray[np.int64]:
+        table = self._table
+        while True:
+            slots = np.flatnonzero((table.state == RowState.DECODE) & (table.launched < table.max_outputs))
+            if len(slots) > self._max_decode_batch:
+                # The rows with the fewest outputs first: nobody falls behind for long.
+                slots = slots[np.argsort(table.launched[slots], kind="stable")[: self._max_decode_batch]]
+                slots.sort()
+            short = slots[table.computed[slots] >= table.num_blocks[slots] * table.block_size]
+            if not len(short):
+                return slots
+            fresh = self._kv.allocate(len(short))
+            if fresh is not None:
+                table.blocks[short, table.num_blocks[short]] = fresh
+                table.num_blocks[short] += 1
+                return slots
+            if unread_steps:
+                raise MustReadFirst
+            if not self._preempt_newest():
+                return slots[~np.isin(slots, short)]  # rows between prefill and decode hold the blocks: wait for them
+
+    def _preempt_newest(self) -> bool:
+        """Take the blocks of the newest row; False if only rows in transit could free any."""
+        table = self._table
+        candidates = table.slots_in(RowState.PREFILL, RowState.DECODE)
+        candidates = candidates[table.num_blocks[candidates] > 0]
+        if len(candidates) <= 1:
+            if len(candidates) and not self._leases_in_transit():
+                raise KVCacheError("one sequence alone fills the KV pool: raise kv_cache.max_tokens")
+            return False
+        self._preempt(int(candidates[-1]))
+        return True
+
+    def _preempt(self, slot: int) -> None:
+        table = self._table
+        blocks = table.row_blocks(slot)
+        self._drop_copies_into(blocks)
+        self._kv.release(blocks)
+        table.num_blocks[slot] = 0
+        table.computed[slot] = 0
+        table.launched[slot] = table.outputs_read[slot]
+        table.target[slot] = table.prompt_len[slot] + table.outputs_read[slot]
+        table.state[slot] = RowState.PREEMPTED
+        self.preemptions += 1
+        self._on_preempted(slot)
+
+    def _drop_copies_into(self, blocks: NDArray[np.int32]) -> None:
+        owned = set(blocks.tolist())
+        kept = []
+        for copy in self._copies:
+            if copy.target in owned:
+                self._kv.release(np.array([copy.source], np.int32))
+            else:
+                kept.append(copy)
+        self._copies = kept
+
+    def forget(self, slot: int) -> None:
+        """A row ends: its copies that were not launched are dropped and its blocks released."""
+        blocks = self._table.row_blocks(slot)
+        if self._copies:
+            self._drop_copies_into(blocks)
+        self._kv.release(blocks)
+        self._table.num_blocks[slot] = 0
+
+    def _resume_preempted(self) -> None:
+        """Oldest first, give preempted rows blocks for all their tokens and one more; stop at the first that waits."""
+        table = self._table
+        if not (table.state == RowState.PREEMPTED).any():
+            return
+        for slot in table.slots_in(RowState.PREEMPTED).tolist():
+            row = table.rows[slot]
+            assert row is not None
+            target = int(table.target[slot])
+            tokens = table.tokens(slot, target)
+            sequence = row.owner.sequence
+            # With prompt logprobs every prompt position must be computed again while they are still incomplete.
+            reuse = sequence.sampling.prompt_logprobs is None or table.outputs_read[slot] > 0
+            match = self._kv.match(tokens, namespace_of(sequence), limit=target - 1 if reuse else 0, record=False)
+            full = match.tokens // table.block_size
+            fresh = self._kv.allocate(-(-(target + 1) // table.block_size) - full)
+            if fresh is None:
+                self._kv.release(match.blocks)
+                return
+            if match.tokens % table.block_size:
+                self._copies.append(BlockCopy(int(match.blocks[full]), int(fresh[0])))
+            table.set_blocks(slot, np.concatenate([match.blocks[:full], fresh]))
+            table.computed[slot] = match.tokens
+            table.state[slot] = RowState.PREFILL
+
+    @property
+    def has_preempted(self) -> bool:
+        return bool((self._table.state == RowState.PREEMPTED).any())
+
+    # -- prefill -----------------------------------------------------------------------------------------------------
+
+    def _chunks(self, budget: int) -> list[PromptChunk]:
+        table = self._table
+        chunks: list[PromptChunk] = []
+        if budget <= 0 or not (table.state == RowState.PREFILL).any():
+            return chunks
+        for slot in table.slots_in(RowState.PREFILL).tolist():
+            start, target = int(table.computed[slot]), int(table.target[slot])
+            length = min(target - start, budget)
+            tokens = table.tokens(slot, target)
+            chunk = PromptChunk(slot, start, tokens[start : start + length])
+            self._ask_prompt_logprobs(chunk, tokens)
+            chunks.append(chunk)
+            budget -= length
+            if budget <= 0 or len(chunks) >= self._max_prefill_batch:
+                break
+        return chunks
+
+    def _ask_prompt_logprobs(self, chunk: PromptChunk, tokens: NDArray[np.int32]) -> None:
+        row = self._table.rows[chunk.slot]
+        assert row is not None
+        wanted = row.owner.sequence.sampling.prompt_logprobs
+        if wanted is None or self._table.outputs_read[chunk.slot] > 0:
+            return
+        chunk.next_tokens = tokens[chunk.start + 1 : chunk.start + len(chunk.tokens) + 1]
+        chunk.top_logprobs = wanted
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def _sampling_slots(self, chunk: PromptChunk) -> list[int]:
+        """The slots that get their first token from a chunk: all choices when the prompt ends, else none."""
+        table = self._table
+        if chunk.start + len(chunk.tokens) < table.target[chunk.slot]:
+            return []
+        row = table.rows[chunk.slot]
+        assert row is not None
+        if row.owner.decoding:
+            return [chunk.slot]
+        return row.owner.slots
+
+    def _build(self, decode: NDArray[np.int64], chunks: list[PromptChunk]) -> StepPlan:
+        table = self._table
+        slots = decode
+        sample_slots, sample_rows = decode, np.arange(len(decode))
+        if chunks:
+            slots = np.concatenate([decode, np.array([chunk.slot for chunk in chunks], np.int64)])
+            extra_slots: list[int] = []
+            extra_rows: list[int] = []
+            end = len(decode)
+            for chunk in chunks:
+                end += len(chunk.tokens)
+                sampled = self._sampling_slots(chunk)
+                extra_slots += sampled
+                extra_rows += [end - 1] * len(sampled)
+            sample_slots = np.concatenate([decode, np.array(extra_slots, np.int64)])
+            sample_rows = np.concatenate([sample_rows, np.array(extra_rows, np.int64)])
+        width = int(table.num_blocks[slots].max())
+        copies, self._copies = self._copies, []
+        if copies:
+            self._kv.release(np.array([copy.source for copy in copies], np.int32))
+        return StepPlan(
+            decode_slots=decode,
+            decode_positions=table.computed[decode],
+            chunks=chunks,
+            block_tables=table.blocks[slots, :width],
+            copies=[(copy.source, copy.target) for copy in copies],
+            sample_slots=sample_slots,
+            sample_rows=sample_rows,
+            sample_steps=table.launched[sample_slots],
+            sample_epochs=table.epoch[sample_slots],
+        )
+
+    def _advance(self, decode: NDArray[np.int64], chunks: list[PromptChunk]) -> None:
+        table = self._table
+        table.computed[decode] += 1
+        table.launched[decode] += 1
+        for chunk in chunks:
+            table.computed[chunk.slot] += len(chunk.tokens)
+            if table.computed[chunk.slot] < table.target[chunk.slot]:
+                continue
+            sampled = self._sampling_slots(chunk)
+            table.launched[sampled] += 1
+            row = table.rows[chunk.slot]
+            assert row is not None
+            if row.owner.decoding:
+                table.state[chunk.slot] = RowState.DECODE
+            else:
+                table.state[sampled] = RowState.HELD
+                self._fork(chunk.slot, sampled[1:])
+
+    def _fork(self, first: int, others: list[int]) -> None:
+        """Give the further choices the prompt's blocks; one that is partly filled is copied for each."""
+        table = self._table
+        row = table.rows[first]
+        assert row is not None
+        blocks = table.row_blocks(first)
+        full = int(table.prompt_len[first]) // table.block_size
+        for other, own in zip(others, self._fork_targets(row.owner.lease.fork_blocks, len(others)), strict=True):
+            self._kv.retain(blocks[:full])
+            table.set_blocks(other, np.concatenate([blocks[:full], own]))
+            table.computed[other] = table.computed[first]
+            if len(own):
+                source = blocks[full : full + 1]
+                self._kv.retain(source)
+                self._copies.append(BlockCopy(int(source[0]), int(own[0])))
+        row.owner.lease.fork_blocks = np.empty(0, np.int32)
+
+    @staticmethod
+    def _fork_targets(fork_blocks: NDArray[np.int32], count: int) -> list[NDArray[np.int32]]:
+        if len(fork_blocks):
+            return [fork_blocks[i : i + 1] for i in range(count)]
+        return [np.empty(0, np.int32)] * count

@@ -1,0 +1,166 @@
+"""What the operators of one pipeline share: tokenizer, KV cache, leases, worker. Built when first asked for."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ..kv_runtime.cache import KVCache
+from .scheduler.lease import LeaseBook
+from .scheduler.waiting import WaitingQueue
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ..backends.base import Backend
+    from ..config import SageLLMConfig
+    from ..models.resolve import ResolvedModel
+    from ..models.tokenizer import TextTokenizer
+    from ..records import Request, Sequence
+    from .worker.executor import Executor
+    from .worker.stop_strings import StopStringMatcher
+    from .worker.worker import Worker
+
+
+class EngineServices:
+    """One model on one device. Nothing heavy is imported or loaded before an operator needs it.
+
+    Attributes are built on first use; `model` may raise ModelNotFoundError or CheckpointError, `worker` also
+    ConfigError where the device or the KV pool cannot be had.
+    """
+
+    def __init__(self, config: SageLLMConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def model(self) -> ResolvedModel:
+        from ..models.resolve import resolve_model
+
+        return resolve_model(self.config.model)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        from ..models.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.model)
+
+    @cached_property
+    def kv(self) -> KVCache:
+        kv = self.config.kv_cache
+        return KVCache(
+            kv.max_tokens // kv.block_size, kv.block_size, kv.enable_prefix_caching, kv.enable_cross_request_sharing
+        )
+
+    @cached_property
+    def leases(self) -> LeaseBook:
+        return LeaseBook(self.kv, self.config.scheduler.max_batch_size, self.config.kv_cache.block_size)
+
+    @cached_property
+    def waiting(self) -> WaitingQueue:
+        scheduler = self.config.scheduler
+        return WaitingQueue(self.leases, scheduler.queue_timeout_s, scheduler.request_timeout_s)
+
+    @property
+    def is_null(self) -> bool:
+        """Whether the model is the null model: no device, no torch."""
+        return self.model.weights == "null"
+
+    @cached_property
+    def backend(self) -> Backend:
+        from ..backends import detect_backend
+
+        return detect_backend(self.config.backend)
+
+    @cached_property
+    def backend_name(self) -> str:
+        return "null" if self.is_null else self.backend.name
+
+    @cached_property
+    def executor(self) -> Executor:
+        slots = self.config.scheduler.max_batch_size
+        if self.is_null:
+            from .worker.executor import NullExecutor
+
+            return NullExecutor(slots)
+        from ..models.weights import load_model
+        from .worker.torch_executor import TorchExecutor
+
+        model = load_model(self.model, self.backend)
+        return TorchExecutor(model, self.backend, self.kv.num_blocks, self.config.kv_cache.block_size, slots)
+
+    @cached_property
+    def worker(self) -> Worker:
+        from .worker.worker import Worker
+
+        scheduler = self.config.scheduler
+        step_tokens = scheduler.max_step_tokens or (4096 if self.backend_name == "cuda" else 512)
+        return Worker(
+            self.executor,
+            self.kv,
+            self.leases,
+            scheduler,
+            self.model.architecture.max_seq_len,
+            step_tokens,
+            self._make_stop_matcher,
+        )
+
+    def _make_stop_matcher(self, sequence: Sequence) -> StopStringMatcher:
+        from .worker.stop_strings import StopStringMatcher
+
+        return StopStringMatcher(self.tokenizer.stream(), sequence.sampling.stop)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the step loop for as long as the context lasts; leaving ends what is resident with an error."""
+        from .worker.driver import TaskDriver, ThreadDriver
+
+        driver = TaskDriver(self.worker) if self.is_null else ThreadDriver(self.worker)
+        async with anyio.create_task_group() as tasks:
+            driver.start(tasks)
+            try:
+                yield
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(driver.stop) if not self.is_null else driver.stop()
+                del self.worker  # a stopped worker is not started again; the next run builds one
+
+    def release(self, requests: list[Request]) -> None:
+        """Take back the leases of requests that ended outside the worker."""
+        if "leases" not in self.__dict__:
+            return
+        if any([self.leases.reclaim(request) for request in requests]):
+            self.worker.on_leases_returned()
+        if "worker" in self.__dict__:
+            self.worker.reclaim(requests)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Counters of what has been built so far."""
+        stats: dict[str, Any] = {}
+        if "kv" in self.__dict__:
+            kv = self.kv
+            cache = kv.stats()
+            stats["kv_pool"] = {
+                "num_blocks": kv.num_blocks,
+                "block_size": self.config.kv_cache.block_size,
+                "free_blocks": kv.num_free,
+                "available_blocks": kv.available(),
+                "usage": kv.usage(),
+            }
+            stats["kv_cache"] = {
+                "cache_queries": cache.queries,
+                "cache_hits": cache.hits,
+                "queried_tokens": cache.queried_tokens,
+                "hit_tokens": cache.hit_tokens,
+                "hit_rate": cache.hit_tokens / cache.queried_tokens if cache.queried_tokens else 0.0,
+                "evictions": cache.evictions,
+            }
+        if "worker" in self.__dict__:
+            stats["worker"] = {
+                "steps": self.worker.steps,
+                "running": self.worker.num_running,
+                "preemptions": self.worker.preemptions,
+            }
+        return stats

@@ -1,0 +1,94 @@
+"""Who calls `Worker.step`: a thread of its own (real devices), or a task on the flow's loop (no device to wait for)."""
+
+from __future__ import annotations
+
+import logging
+from threading import Thread
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+from ...errors import EngineClosedError
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from .worker import Worker
+
+log = logging.getLogger("sageLLM")
+
+
+class Driver(Protocol):
+    """Runs a worker's step loop between `start` and `stop`."""
+
+    def start(self, tasks: TaskGroup) -> None:
+        """Begin; `tasks` is the flow's task group."""
+        ...
+
+    def stop(self) -> None:
+        """End after the current step, and wait for that where there is a thread."""
+        ...
+
+
+class ThreadDriver:
+    """The step loop on a thread: the flow's loop never waits for the device."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._stopping = False
+        self._thread = Thread(target=self._loop, name="sagellm-worker", daemon=True)
+
+    def start(self, tasks: TaskGroup) -> None:
+        self._thread.start()
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                if not self._worker.step():
+                    self._worker.wait_for_work()
+        except BaseException as error:
+            log.exception("the worker's step loop failed")
+            self._worker.abandon(error)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._worker.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._worker.failure is None:
+            self._worker.abandon(EngineClosedError("the engine was shut down"))
+
+
+class TaskDriver:
+    """The step loop as a task: deterministic under a virtual clock, and no second thread competes for the interpreter."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._submitted = anyio.Event()
+        self._scope = anyio.CancelScope()
+        worker.on_submitted = self._wake
+
+    def _wake(self) -> None:
+        self._submitted.set()
+
+    def start(self, tasks: TaskGroup) -> None:
+        tasks.start_soon(self._loop)
+
+    async def _loop(self) -> None:
+        with self._scope:
+            try:
+                while True:
+                    if self._worker.step():
+                        await anyio.lowlevel.checkpoint()
+                        continue
+                    with anyio.move_on_after(self._worker.idle_limit_s):
+                        await self._submitted.wait()
+                    self._submitted = anyio.Event()
+            except Exception as error:
+                log.exception("the worker's step loop failed")
+                self._worker.abandon(error)
+
+    def stop(self) -> None:
+        self._scope.cancel()
+        if self._worker.failure is None:
+            self._worker.abandon(EngineClosedError("the engine was shut down"))

@@ -1,0 +1,73 @@
+"""What runs a plan: the boundary between the step loop (numpy, no device) and a device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ...records import Sequence
+    from ..scheduler.plan import StepPlan, StepResult
+
+
+class StepHandle(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return what it produced; raises what the device raised."""
+        ...
+
+
+class Executor(Protocol):
+    """Owns the model, the KV tensor and the sampling state of every slot."""
+
+    def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
+        """Prepare a slot for a row that enters."""
+        ...
+
+    def readmit(self, slot: int, outputs: NDArray[np.int32]) -> None:
+        """A preempted row's outputs [n] are all that is known of it on the device."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The row is gone."""
+        ...
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Queue the step on the device and return without waiting for it, where the device allows."""
+        ...
+
+
+class _NullHandle:
+    __slots__ = ("_result",)
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class NullExecutor:
+    """The null model: output token k is byte 97 + (prompt length + k) % 26, at once. It costs what the engine costs."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._prompt_length = np.zeros(num_slots, np.int64)
+
+    def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
+        self._prompt_length[slot] = len(sequence.prompt_tokens)
+
+    def readmit(self, slot: int, outputs: NDArray[np.int32]) -> None:
+        """Nothing is kept on a device."""
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept on a device."""
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        from ..scheduler.plan import StepResult
+
+        tokens = 97 + (self._prompt_length[plan.sample_slots] + plan.sample_steps) % 26
+        return _NullHandle(StepResult(tokens))

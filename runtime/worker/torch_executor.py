@@ -1,0 +1,182 @@
+"""Runs plans with torch: one device thread, on which every device operation happens in launch order."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...backends.base import StepLayout
+from ...records import TokenLogprobs
+from ..scheduler.plan import StepResult
+from .sampling import SamplingState, prompt_logprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ...backends.base import Backend
+    from ...models.decoder import DecoderModel
+    from ...records import Sequence
+    from ..scheduler.plan import StepPlan
+    from .sampling import SampledTokens
+
+
+class _DeviceStep:
+    """A step on the device thread; its arrays are copied to the host only when they are asked for."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: Future[Callable[[], StepResult]]) -> None:
+        self._future = future
+
+    def result(self) -> StepResult:
+        return self._future.result()()
+
+
+class TorchExecutor:
+    """Owns the KV tensor [N, L, 2, K, P, D], the newest token of every slot [S], and the sampling state.
+
+    `launch` hands the step to the device thread and returns; sampled tokens stay on the device as the next inputs.
+    """
+
+    def __init__(self, model: DecoderModel, backend: Backend, num_blocks: int, block_size: int, num_slots: int) -> None:
+        self._model = model
+        self._backend = backend
+        self._block_size = block_size
+        self._kv = backend.allocate_kv(model.kv_shape(num_blocks, block_size), model.kv_dtype)
+        self._sampling = SamplingState(num_slots, model.vocab_size, backend.device)
+        self._newest = torch.zeros(num_slots, dtype=torch.int64, device=backend.device)
+        self._before: list[Callable[[], None]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-device")
+        self._admitted: dict[int, tuple[Sequence, int]] = {}
+
+    def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
+        self._admitted[slot] = (sequence, choice)
+        self._admit_later(slot, ())
+
+    def readmit(self, slot: int, outputs: NDArray[np.int32]) -> None:
+        self._before.append(lambda: self._sampling.release(slot))
+        self._admit_later(slot, tuple(outputs.tolist()))
+
+    def _admit_later(self, slot: int, outputs: tuple[int, ...]) -> None:
+        sequence, choice = self._admitted[slot]
+        self._before.append(
+            lambda: self._sampling.admit(
+                slot,
+                sequence.sampling,
+                sequence.prompt_tokens,
+                sequence.eos_token_ids,
+                output_tokens=outputs,
+                choice=choice,
+            )
+        )
+
+    def release(self, slot: int) -> None:
+        self._before.append(lambda: self._sampling.release(slot))
+
+    def launch(self, plan: StepPlan) -> _DeviceStep:
+        before, self._before = self._before, []
+        return _DeviceStep(self._thread.submit(self._run, plan, before))
+
+    def close(self) -> None:
+        """Wait for what was launched and end the device thread."""
+        self._thread.shutdown()
+
+    # -- on the device thread ----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan, before: list[Callable[[], None]]) -> Callable[[], StepResult]:
+        for change in before:
+            change()
+        if plan.copies:
+            sources, targets = zip(*plan.copies, strict=True)
+            self._backend.copy_blocks(self._kv, list(sources), list(targets))
+        device = self._backend.device
+        layout = self._lay_out(plan)
+        input_ids = self._input_ids(plan)
+        logit_rows, sample_at = self._logit_rows(plan)
+        logits = self._model.forward(input_ids, layout, self._kv, logit_rows)
+        told = self._prompt_logprobs(plan, logits) if logit_rows is None else None
+        slots = torch.from_numpy(plan.sample_slots).to(device)
+        if not len(plan.sample_slots):
+            return lambda: StepResult(np.empty(0, np.int64), prompt_logprobs=_read_prompt_logprobs(told))
+        if sample_at is not None:
+            logits = logits[sample_at.to(device)]
+        sampled = self._sampling.sample(logits, slots, torch.from_numpy(plan.sample_steps).to(device))
+        self._newest[slots] = sampled.tokens
+        return lambda: _read(sampled, told)
+
+    def _input_ids(self, plan: StepPlan) -> Tensor:
+        device = self._backend.device
+        parts = []
+        if len(plan.decode_slots):
+            parts.append(self._newest[torch.from_numpy(plan.decode_slots).to(device)])
+        if plan.chunks:
+            prompt = np.concatenate([chunk.tokens for chunk in plan.chunks]).astype(np.int64)
+            parts.append(torch.from_numpy(prompt).to(device))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _lay_out(self, plan: StepPlan) -> StepLayout:
+        decodes, size = len(plan.decode_slots), self._block_size
+        lengths = [1] * decodes + [len(chunk.tokens) for chunk in plan.chunks]
+        starts = np.concatenate([plan.decode_positions, np.array([chunk.start for chunk in plan.chunks], np.int64)])
+        if plan.chunks:
+            ends = np.cumsum(lengths)
+            rows = np.repeat(np.arange(len(lengths)), lengths)
+            positions = np.arange(ends[-1]) - (ends - lengths)[rows] + starts[rows]
+        else:
+            rows, positions = np.arange(decodes), starts
+        slots = plan.block_tables[rows, positions // size].astype(np.int64) * size + positions % size
+        return StepLayout(
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(slots),
+            block_tables=torch.from_numpy(plan.block_tables.astype(np.int64)),
+            context_lens=torch.from_numpy(starts + np.array(lengths)),
+            query_lens=lengths,
+            num_decodes=decodes,
+        )
+
+    def _logit_rows(self, plan: StepPlan) -> tuple[Tensor | None, Tensor | None]:
+        """Which token rows need logits, and which of those are sampled (None: all, in order)."""
+        device = self._backend.device
+        if any(chunk.next_tokens is not None for chunk in plan.chunks):
+            return None, torch.from_numpy(plan.sample_rows)
+        rows, first_of = np.unique(plan.sample_rows, return_inverse=True)
+        if len(rows) == len(plan.sample_rows):
+            return torch.from_numpy(plan.sample_rows).to(device), None
+        return torch.from_numpy(rows).to(device), torch.from_numpy(first_of)
+
+    def _prompt_logprobs(self, plan: StepPlan, logits: Tensor) -> dict[int, tuple[Tensor, Any]]:
+        told = {}
+        start = len(plan.decode_slots)
+        for index, chunk in enumerate(plan.chunks):
+            if chunk.next_tokens is not None and len(chunk.next_tokens):
+                following = torch.from_numpy(chunk.next_tokens.astype(np.int64)).to(self._backend.device)
+                rows = logits[start : start + len(following)]
+                told[index] = (following, prompt_logprobs(rows, following, chunk.top_logprobs))
+            start += len(chunk.tokens)
+        return told
+
+
+def _read(sampled: SampledTokens, told: dict[int, tuple[Tensor, Any]] | None) -> StepResult:
+    return StepResult(
+        tokens=sampled.tokens.cpu().numpy(),
+        logprobs=None if sampled.logprobs is None else sampled.logprobs.cpu().numpy(),
+        top_ids=None if sampled.top_ids is None else sampled.top_ids.cpu().numpy(),
+        top_logprobs=None if sampled.top_logprobs is None else sampled.top_logprobs.cpu().numpy(),
+        prompt_logprobs=_read_prompt_logprobs(told),
+    )
+
+
+def _read_prompt_logprobs(told: dict[int, tuple[Tensor, Any]] | None) -> dict[int, list[TokenLogprobs]]:
+    read: dict[int, list[TokenLogprobs]] = {}
+    for index, (tokens, (chosen, top_ids, top_logprobs)) in (told or {}).items():
+        columns = zip(tokens.tolist(), chosen.tolist(), top_ids.tolist(), top_logprobs.tolist(), strict=True)
+        read[index] = [TokenLogprobs(t, p, list(zip(ids, ps, strict=True))) for t, p, ids, ps in columns]
+    return read

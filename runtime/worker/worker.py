@@ -1,0 +1,352 @@
+"""The worker: one device, one resident table, one step loop.
+
+`prefill` and `decode` are its two doors: operators put sequences in with `submit_prefill` and `submit_decode` (from the
+flow's thread) and get lists back, one per step, through `on_prefilled` and `on_decoded` (called on the worker's thread).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from threading import Condition
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import EngineClosedError
+from ...records import Choice, FinishReason, Sequence, TokenDelta
+from ..scheduler.lease import Lease, LeaseBook
+from ..scheduler.planner import MustReadFirst, Planner
+from ..scheduler.resident import ResidentSequence, ResidentTable, Row, RowState
+from ..scheduler.waiting import end_unstarted
+from .collector import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...config import SchedulerConfig
+    from ...kv_runtime.cache import KVCache
+    from ...records import Request
+    from ..scheduler.plan import StepPlan
+    from .collector import MakeStopMatcher
+    from .executor import Executor, StepHandle
+
+
+class Worker:
+    """Runs steps while there is something to compute. Everything but the `submit_*`, `cancel`, `reclaim` and `wake`
+    methods belongs to the thread (or task) that calls `step`."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        kv: KVCache,
+        leases: LeaseBook,
+        scheduler: SchedulerConfig,
+        max_seq_len: int,
+        max_step_tokens: int,
+        make_stop_matcher: MakeStopMatcher,
+    ) -> None:
+        self.on_prefilled: Callable[[list[Any]], None] = _nobody
+        self.on_decoded: Callable[[list[Any]], None] = _nobody
+        self.on_leases_returned: Callable[[], None] = lambda: None
+        self.on_submitted: Callable[[], None] = lambda: None
+        self.failure: BaseException | None = None
+        self.steps = 0
+        self._executor = executor
+        self._kv = kv
+        self._leases = leases
+        self._request_timeout_s = scheduler.request_timeout_s
+        self._depth = 2 if scheduler.launch_ahead else 1
+        self._table = ResidentTable(scheduler.max_batch_size, max_seq_len, leases.block_size)
+        self._planner = Planner(
+            self._table,
+            kv,
+            max_step_tokens,
+            scheduler.max_prefill_batch,
+            scheduler.max_decode_batch,
+            on_preempted=self._forget_on_device,
+            leases_in_transit=self._leases_in_transit,
+        )
+        self._collector = Collector(self._table, make_stop_matcher, self._end_row)
+        self._unread: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._resident: dict[int, ResidentSequence] = {}  # by id of the request
+        self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self._wakeup = Condition()
+        self._returned = False
+        self._prefilled: list[Sequence] = []
+        self._decoded: list[Sequence | TokenDelta] = []
+
+    # -- from any thread ---------------------------------------------------------------------------------------------
+
+    def submit_prefill(self, sequences: list[Sequence]) -> None:
+        """Hand over sequences that hold a lease; `on_prefilled` gets each of them back.
+
+        Raises:
+            EngineClosedError: the worker has failed.
+        """
+        self._put(self._admit, sequences)
+
+    def submit_decode(self, sequences: list[Sequence]) -> None:
+        """Hand over sequences whose prompt was computed; `on_decoded` gets each of them back, ended.
+
+        Raises:
+            EngineClosedError: the worker has failed.
+        """
+        self._put(self._start_decode, sequences)
+
+    def cancel(self, requests: list[Request]) -> None:
+        """End these requests within one step; they come back with finish reason `cancelled`."""
+        for request in requests:
+            request.cancelled = True
+        self._put(self._cancel, requests)
+
+    def reclaim(self, requests: list[Request]) -> None:
+        """Take back the leases of requests that ended outside the worker (an operator dropped their record)."""
+        resident = [request for request in requests if id(request) in self._resident]
+        if resident and self.failure is None:
+            self._put(self._reclaim, resident)
+
+    def _put(self, handler: Callable[[Any], None], argument: Any) -> None:
+        if self.failure is not None:
+            raise EngineClosedError(f"the worker has failed: {self.failure!r}")
+        with self._wakeup:
+            self._inbox.append((handler, argument))
+            self._wakeup.notify()
+        self.on_submitted()
+
+    def wait_for_work(self) -> None:
+        """Block the worker's thread until something is submitted, `wake` is called, or it is time to look again."""
+        with self._wakeup:
+            if not self._inbox:
+                self._wakeup.wait(self.idle_limit_s)
+
+    def wake(self) -> None:
+        """End a `wait_for_work`."""
+        with self._wakeup:
+            self._wakeup.notify()
+
+    @property
+    def idle_limit_s(self) -> float | None:
+        """How long to idle at most: sequences that stand still may meet a deadline, or blocks freed elsewhere."""
+        return 0.05 if self._resident else None
+
+    # -- the step loop -----------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Take what was submitted, plan, launch, read what is old enough, give results back; False when idle."""
+        while self._inbox:
+            handler, argument = self._inbox.popleft()
+            handler(argument)
+        self._end_overdue()
+        launched = self._launch_next()
+        if self._unread and (not launched or len(self._unread) >= self._depth):
+            self._read_oldest()
+        worked = launched or bool(self._prefilled or self._decoded)
+        self._post()
+        return worked or bool(self._unread)
+
+    def _launch_next(self) -> bool:
+        try:
+            plan = self._planner.plan(len(self._unread))
+        except MustReadFirst:
+            while self._unread:
+                self._read_oldest()
+            plan = self._planner.plan(0)
+        self._leases.paused = self._planner.has_preempted
+        if plan is None:
+            return False
+        try:
+            handle = self._executor.launch(plan)
+        except Exception as error:  # the step is lost, the worker is not
+            self._fail_step(plan, error)
+            return True
+        self._unread.append((plan, handle))
+        self.steps += 1
+        return True
+
+    def _read_oldest(self) -> None:
+        plan, handle = self._unread.popleft()
+        try:
+            result = handle.result()
+        except Exception as error:
+            self._fail_step(plan, error)
+            return
+        self._collector.collect(plan, result, self._prefilled, self._decoded)
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        slots = {*plan.sample_slots.tolist(), *(chunk.slot for chunk in plan.chunks)}
+        owners = {id(row.owner): row.owner for slot in slots if (row := self._table.rows[slot]) is not None}
+        for owner in owners.values():
+            owner.sequence.error = f"{type(error).__name__}: {error}"
+            self._end_sequence(owner, FinishReason.ERROR)
+
+    def _post(self) -> None:
+        if self._prefilled:
+            prefilled, self._prefilled = self._prefilled, []
+            self.on_prefilled(prefilled)
+        if self._decoded:
+            decoded, self._decoded = self._decoded, []
+            self.on_decoded(decoded)
+        if self._returned:
+            self._returned = False
+            self.on_leases_returned()
+
+    def abandon(self, error: BaseException) -> None:
+        """The loop itself failed: end everything resident with an error and refuse what comes."""
+        self.failure = error
+        while self._inbox:
+            handler, argument = self._inbox.popleft()
+            if handler == self._admit:
+                self._admit(argument)
+            elif handler == self._start_decode:
+                self._start_decode(argument)
+        for owner in list(self._resident.values()):
+            owner.sequence.error = f"the worker failed: {error!r}"
+            self._end_sequence(owner, FinishReason.ERROR)
+        self._post()
+
+    # -- rows enter --------------------------------------------------------------------------------------------------
+
+    def _admit(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            lease = sequence.kv
+            assert isinstance(lease, Lease)
+            self._leases.arrive(sequence)
+            if sequence.request.cancelled or self.failure is not None:
+                self._leases.give_back_unused(sequence, lease)
+                self._returned = True
+                end_unstarted(sequence, FinishReason.CANCELLED if self.failure is None else FinishReason.ERROR)
+                if self.failure is not None:
+                    sequence.error = f"the worker failed: {self.failure!r}"
+                self._prefilled.append(sequence)
+                continue
+            owner = ResidentSequence(sequence, lease, lease.slots, len(lease.slots))
+            self._resident[id(sequence.request)] = owner
+            deadline = np.inf
+            if sequence.request.interactive and self._request_timeout_s:
+                deadline = sequence.request.arrival + self._request_timeout_s
+            sequence.choices = [Choice(index) for index in range(len(lease.slots))]
+            for slot, choice in zip(lease.slots, sequence.choices, strict=True):
+                state = RowState.FORKING if choice.index else RowState.PREFILL
+                self._table.occupy(slot, Row(owner, choice), state, deadline)
+                self._collector.watch(slot, sequence)
+                self._executor.admit(slot, sequence, choice.index)
+            first = lease.slots[0]
+            self._table.set_blocks(first, lease.blocks)
+            self._table.computed[first] = lease.hit_tokens
+            if lease.copy is not None:
+                self._planner.add_copy(lease.copy)
+                lease.copy = None
+
+    def _start_decode(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            owner = self._resident.get(id(sequence.request))
+            if owner is None:  # ended or reclaimed on the way
+                if not sequence.ended:
+                    end_unstarted(sequence, FinishReason.CANCELLED)
+                self._decoded.append(sequence)
+                continue
+            self._leases.prefix_computed(sequence, owner.lease)
+            owner.decoding = True
+            if sequence.request.cancelled:
+                self._end_sequence(owner, FinishReason.CANCELLED)
+                continue
+            for slot in list(owner.slots):
+                if sequence.request.stream:
+                    self._collector.emit_first(slot, self._decoded)
+                reason = self._collector.reason_to_end(slot)
+                if reason is None:
+                    self._table.state[slot] = RowState.DECODE
+                else:
+                    self._end_row(slot, reason)
+
+    # -- rows leave --------------------------------------------------------------------------------------------------
+
+    def _end_row(self, slot: int, reason: FinishReason) -> None:
+        """Fill the row's choice, commit what may be reused, give blocks and slot back; maybe end its sequence."""
+        table = self._table
+        row = table.rows[slot]
+        assert row is not None
+        owner = row.owner
+        self._collector.fill_choice(slot, row.choice, reason)
+        if owner.lease.commit_outputs and owner.decoding and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._commit_outputs(slot, owner)
+        self._planner.forget(slot)
+        if row.choice.index == 0 and len(owner.lease.fork_blocks):
+            self._kv.release(owner.lease.fork_blocks)
+            owner.lease.fork_blocks = np.empty(0, np.int32)
+        self._executor.release(slot)
+        table.vacate(slot)
+        self._leases.give_back_slot(slot)
+        self._returned = True
+        owner.unfinished -= 1
+        owner.slots = [other for other in owner.slots if other != slot]
+        if not owner.unfinished:
+            self._finish(owner)
+
+    def _commit_outputs(self, slot: int, owner: ResidentSequence) -> None:
+        table = self._table
+        # The last output's KV was never computed: it was nobody's input.
+        count = int(table.prompt_len[slot] + table.outputs_read[slot]) - 1
+        request = owner.sequence.request
+        self._kv.commit(table.tokens(slot, count), table.row_blocks(slot), (request.tenant, request.cache_salt))
+
+    def _finish(self, owner: ResidentSequence) -> None:
+        sequence = owner.sequence
+        del self._resident[id(sequence.request)]
+        self._leases.prefix_computed(sequence, owner.lease)
+        sequence.timings.finished = time.monotonic()
+        sequence.kv = None
+        if owner.decoding:
+            self._decoded.append(sequence)
+        elif not owner.posted:
+            self._prefilled.append(sequence)
+
+    def _end_sequence(self, owner: ResidentSequence, reason: FinishReason) -> None:
+        for slot in list(owner.slots):
+            self._end_row(slot, reason)
+
+    def _cancel(self, requests: list[Request]) -> None:
+        for request in requests:
+            owner = self._resident.get(id(request))
+            if owner is not None and not (owner.posted and not owner.decoding):
+                self._end_sequence(owner, FinishReason.CANCELLED)
+
+    def _reclaim(self, requests: list[Request]) -> None:
+        for request in requests:
+            owner = self._resident.get(id(request))
+            if owner is not None:
+                owner.posted, owner.decoding = True, False  # nobody is to get it back
+                self._end_sequence(owner, FinishReason.CANCELLED)
+
+    def _end_overdue(self) -> None:
+        table = self._table
+        now = time.monotonic()
+        for slot in np.flatnonzero(table.deadline < now).tolist():
+            row = table.rows[slot]
+            if row is None:
+                continue
+            if row.owner.posted and not row.owner.decoding:
+                continue  # on its way between the doors: decode ends it
+            self._end_sequence(row.owner, FinishReason.TIMEOUT)
+
+    def _forget_on_device(self, slot: int) -> None:
+        table = self._table
+        self._executor.readmit(slot, table.outputs[slot, : table.outputs_read[slot]])
+
+    def _leases_in_transit(self) -> bool:
+        return self._leases.any_in_transit or bool((self._table.state == RowState.HELD).any())
+
+    @property
+    def num_running(self) -> int:
+        """Sequences on the worker."""
+        return len(self._resident)
+
+    @property
+    def preemptions(self) -> int:
+        """Rows that lost their blocks so far."""
+        return self._planner.preemptions
+
+
+def _nobody(records: list[Any]) -> None:
+    raise EngineClosedError(f"nobody takes {len(records)} records from the worker: the pipeline has no such door")
