@@ -18,7 +18,7 @@ An operator in ten lines:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import Field
@@ -26,6 +26,7 @@ from pydantic import Field
 from ...config import Config
 from ...graph.operator_spec import ERROR_PORT, OperatorSpec, Port, RecordKind
 from ...graph.registry import register
+from .resume import ResumeIndex
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -83,6 +84,7 @@ class OperatorContext:
     ledger: Ledger  # who is in flight
     base_dir: Path  # relative paths in the configuration start here
     request_drain: Callable[[str], None]  # ask the whole flow to drain, with the reason
+    resume: ResumeIndex = field(default_factory=ResumeIndex)  # shared by the flow: what earlier runs finished
 
 
 ConfigT = TypeVar("ConfigT", bound=OperatorConfig)
