@@ -1,0 +1,8 @@
+"""The paged KV pool and the prefix tree over it: who owns which block, and what can be reused. No torch here."""
+
+from __future__ import annotations
+
+from ..config import KVGranularity
+from .cache import KVCache, KVCacheStats, PrefixMatch
+
+__all__ = ["KVCache", "KVCacheStats", "KVGranularity", "PrefixMatch"]

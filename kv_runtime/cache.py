@@ -1,0 +1,218 @@
+"""The KV cache as the engine sees it: blocks to own, and prefixes to share."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import KVCacheError
+from .pool import NO_BLOCKS, BlockPool
+from .radix_tree import RadixTree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .pool import Int32Array
+    from .radix_tree import Namespace
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class PrefixMatch:
+    """A cached prefix: `tokens` tokens in `blocks` [ceil(tokens / block_size)], the last of which may be partly theirs.
+
+    A block that is only partly theirs must be copied before anything is appended to it.
+    """
+
+    tokens: int
+    blocks: Int32Array
+
+
+@dataclass(slots=True, frozen=True)
+class KVCacheStats:
+    """Counted since the cache was made (the first six), and as it is now (in blocks)."""
+
+    queries: int
+    queried_tokens: int
+    hits: int
+    hit_tokens: int
+    committed_tokens: int
+    evicted_blocks: int
+    cached_blocks: int
+    evictable_blocks: int
+    free_blocks: int
+    total_blocks: int
+
+
+class KVCache:
+    """A pool of `num_blocks` blocks of `block_size` tokens and, over it, the prefixes that are reusable.
+
+    A sequence keeps position p in its block `p // block_size` at offset `p % block_size`, and holds one reference on
+    each of its blocks. Its life: `match` its prompt; own the whole blocks of the match as they are; `allocate` one
+    more to copy a partly covered last block into and `release` the original; `allocate` the rest; compute; `commit`;
+    `release`. Thread-safe: every method may be called from any thread.
+
+    With `enable_prefix_caching` or `share_across_requests` off, `match` finds nothing and `commit` inserts nothing.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, share_across_requests: bool = True
+    ) -> None:
+        """Make an empty cache.
+
+        Raises:
+            KVCacheError: `num_blocks` or `block_size` is less than 1.
+        """
+        if block_size < 1:
+            raise KVCacheError(f"a block of {block_size} tokens holds nothing: give at least 1")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.shares_prefixes = enable_prefix_caching and share_across_requests
+        self._pool = BlockPool(num_blocks)
+        self._tree = RadixTree(self._pool, block_size)
+        self._lock = threading.Lock()
+        self._queries = self._queried_tokens = self._hits = self._hit_tokens = 0
+        self._committed_tokens = self._evicted_blocks = 0
+
+    def match(self, tokens: Int32Array, namespace: Namespace, limit: int, *, record: bool = True) -> PrefixMatch:
+        """Return the longest cached prefix of `tokens` [T] of at most `limit` tokens, its blocks retained.
+
+        The caller owns one reference on each block and must `release` them. `namespace` is (tenant, cache_salt):
+        nothing is ever found across namespaces. `record` counts the query in the statistics and marks the prefix
+        as just used.
+        """
+        tokens = np.asarray(tokens, dtype=np.int32)
+        length = 0
+        with self._lock:
+            blocks = NO_BLOCKS
+            if self.shares_prefixes and limit > 0:
+                length, blocks = self._tree.match(tokens[:limit], namespace, record)
+            if length:
+                self._pool.retain(blocks)
+            if record:
+                self._queries += 1
+                self._queried_tokens += tokens.size
+                self._hits += length > 0
+                self._hit_tokens += length
+        return PrefixMatch(length, blocks)
+
+    def commit(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> int:
+        """Make the KV of `tokens` [T], computed and stored in `blocks`, reusable; return how many tokens are new.
+
+        The caller owns the blocks and keeps its references. It may append to the last block, past the committed
+        tokens, and commit the longer run later; it must never change the KV of a committed position.
+
+        Raises:
+            KVCacheError: `blocks` are fewer than the tokens need, free, or not of this pool.
+        """
+        tokens = np.asarray(tokens, dtype=np.int32)
+        blocks = np.asarray(blocks, dtype=np.int32)
+        needed = -(-tokens.size // self.block_size)
+        if blocks.size < needed:
+            raise KVCacheError(f"{tokens.size} tokens need {needed} blocks of {self.block_size}, found {blocks.size}")
+        if not self.shares_prefixes:
+            return 0
+        with self._lock:
+            inserted = self._tree.insert(tokens, blocks[:needed], namespace)
+            self._committed_tokens += inserted
+        return inserted
+
+    def allocate(self, count: int) -> Int32Array | None:
+        """Take `count` blocks, each with one reference, evicting as needed; None, and nothing taken, if too few exist.
+
+        Raises:
+            KVCacheError: `count` is negative.
+        """
+        if count < 0:
+            raise KVCacheError(f"cannot allocate {count} blocks")
+        pool = self._pool
+        with self._lock:
+            if count > pool.num_free + pool.num_evictable:
+                return None
+            if count > pool.num_free:
+                self._evicted_blocks += self._tree.evict(count)
+            return pool.take(count)
+
+    def retain(self, blocks: Int32Array) -> None:
+        """Add one reference per entry.
+
+        Raises:
+            KVCacheError: a block is free or not of this pool. Nothing has changed.
+        """
+        blocks = np.asarray(blocks, dtype=np.int32)
+        with self._lock:
+            self._pool.retain(blocks)
+
+    def release(self, blocks: Int32Array) -> None:
+        """Take one reference per entry; blocks of several sequences may come in one call.
+
+        Raises:
+            KVCacheError: a block has fewer references than that, or is not of this pool. Nothing has changed.
+        """
+        blocks = np.asarray(blocks, dtype=np.int32)
+        with self._lock:
+            unowned = self._pool.release(blocks)
+            if len(unowned):
+                self._tree.unpark(unowned)
+
+    def available(self) -> int:
+        """Return how many blocks `allocate` could give now: free ones and those that only the tree refers to."""
+        with self._lock:
+            return self._pool.num_free + self._pool.num_evictable
+
+    @property
+    def num_free(self) -> int:
+        """Blocks nobody refers to, the tree included."""
+        return self._pool.num_free
+
+    def usage(self) -> float:
+        """Return the share, 0 to 1, of blocks that sequences own; cached blocks that could be evicted do not count."""
+        return 1.0 - self.available() / self.num_blocks
+
+    def stats(self) -> KVCacheStats:
+        """Return the counters at one moment."""
+        with self._lock:
+            return KVCacheStats(
+                queries=self._queries,
+                queried_tokens=self._queried_tokens,
+                hits=self._hits,
+                hit_tokens=self._hit_tokens,
+                committed_tokens=self._committed_tokens,
+                evicted_blocks=self._evicted_blocks,
+                cached_blocks=self._pool.num_cached,
+                evictable_blocks=self._pool.num_evictable,
+                free_blocks=self._pool.num_free,
+                total_blocks=self.num_blocks,
+            )
+
+    def clear(self) -> None:
+        """Forget every prefix. Blocks without an owner become free; the others stay with their owners."""
+        with self._lock:
+            self._evicted_blocks += self._tree.clear()
+
+    def check_integrity(self, owners: Iterable[Int32Array] | None = None) -> None:
+        """Recount everything, O(blocks + cached tokens), under the lock.
+
+        `owners` are the block arrays that sequences hold, all of them; None leaves their counts unverified.
+
+        Raises:
+            KVCacheError: naming the block or tree node whose books are wrong, and how.
+        """
+        with self._lock:
+            self._pool.check()
+            self._tree.check()
+            if owners is None:
+                return
+            held = np.zeros(self.num_blocks, dtype=np.int64)
+            for blocks in owners:
+                np.add.at(held, blocks, 1)
+            counted = self._pool.owners.counts
+            wrong = held != counted
+            if wrong.any():
+                block = int(wrong.argmax())
+                raise KVCacheError(
+                    f"block {block} has {counted[block]} owners, but {held[block]} were declared: "
+                    + ("a release is missing" if counted[block] > held[block] else "it was released too often")
+                )

@@ -1,0 +1,337 @@
+"""A compressed radix tree over token ids: which tokens' KV lies in which blocks.
+
+A node covers the token positions [start, end) with a run of tokens and with the blocks of the block indices
+`start // block_size` to `(end - 1) // block_size`. Nodes split at any token. Where a child starts inside a block,
+its first block (the same one after a split, else a copy that its sequence made) stands in for its parent's last.
+The tree holds one reference per node and block. It vouches for [start, end) only: what a sequence later appends to
+a shared, partly filled block lies past every `end` that refers to it.
+
+Eviction is LRU. `_recency` lists nodes by last use, a node always before its parent, so its first entry is a leaf or
+a node all of whose children are parked. A leaf whose last block has an owner cannot give anything: it is *parked*
+outside the list when eviction meets it and returns when that block is released. Each step is O(1) per evicted
+block, or paid for by the release that it answers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import KVCacheError
+from .pool import NO_BLOCKS, Int32Array
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .pool import BlockPool, Blocks
+
+Namespace = tuple[str, str]
+NO_TOKENS: Int32Array = np.empty(0, dtype=np.int32)
+
+
+class Node:
+    """A run of tokens and its blocks; both arrays are replaced, never written to. A root is its own parent."""
+
+    __slots__ = ("blocks", "children", "end", "namespace", "parent", "parked_on", "start", "tokens")
+
+    def __init__(self, parent: Node | None, start: int, tokens: Int32Array, blocks: Int32Array) -> None:
+        self.parent = parent or self
+        self.start = start
+        self.end = start + tokens.size
+        self.tokens = tokens
+        self.blocks = blocks
+        self.children: dict[int, Node] = {}  # by first token
+        self.parked_on = -1  # the block whose release takes this leaf back into the recency list
+        self.namespace: Namespace | None = None  # set on roots
+
+
+def common_prefix_length(a: Int32Array, b: Int32Array) -> int:
+    """Return how many leading tokens are equal; looks little further than the first difference."""
+    size = min(a.size, b.size)
+    begin, chunk = 0, 512
+    while begin < size:
+        stop = min(begin + chunk, size)
+        different = a[begin:stop] != b[begin:stop]
+        first = int(different.argmax())
+        if different[first]:
+            return begin + first
+        begin, chunk = stop, chunk * 4
+    return size
+
+
+def _head(array: Int32Array, size: int) -> Int32Array:
+    """Return the first entries, as a copy once a view would keep more than twice their memory alive."""
+    view = array[:size]
+    whole = view.base
+    return view.copy() if isinstance(whole, np.ndarray) and whole.size > 2 * size else view
+
+
+class RadixTree:
+    """Prefixes per namespace; see the module's docstring. Not thread-safe."""
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._roots: dict[Namespace, Node] = {}
+        self._recency: OrderedDict[Node, None] = OrderedDict()
+        self._parked: OrderedDict[int, list[Node]] = OrderedDict()
+
+    def match(self, tokens: Int32Array, namespace: Namespace, touch: bool) -> tuple[int, Int32Array]:
+        """Return the length of the longest cached prefix and its blocks, the last of which may be partly covered."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return 0, NO_BLOCKS
+        path, position = self._walk(root, tokens)
+        if not path:
+            return 0, NO_BLOCKS
+        if touch:
+            self._touch(path)
+        size = self._block_size
+        parts: list[Int32Array] = []
+        for node in path:
+            if node.start % size:
+                parts[-1] = parts[-1][:-1]
+            parts.append(node.blocks)
+        last = path[-1]
+        parts[-1] = last.blocks[: (position - 1) // size - last.start // size + 1]
+        return position, parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+    def insert(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> int:
+        """Insert what is not there yet and return how many tokens that is.
+
+        `blocks[i]` must hold the KV of positions `i * block_size` onwards and have an owner. A leaf is extended in
+        place; its partly filled last block gives way to the longer one.
+
+        Raises:
+            KVCacheError: a block is free or not of this pool. Nothing has changed.
+        """
+        root = self._roots.get(namespace)
+        path, position = self._walk(root, tokens) if root else ([], 0)
+        if position == tokens.size:
+            self._touch(path)
+            return 0
+        first = position // self._block_size
+        fresh_tokens, fresh_blocks = tokens[position:], blocks[first:].copy()
+        self._pool.cache(fresh_blocks)
+        if path and position < path[-1].end:
+            path[-1] = self._split(path[-1], position)
+        if path and not path[-1].children:
+            self._extend(path[-1], fresh_tokens, fresh_blocks, first)
+        else:
+            if root is None:
+                root = self._roots[namespace] = Node(None, 0, NO_TOKENS, NO_BLOCKS)
+                root.namespace = namespace
+            parent = path[-1] if path else root
+            child = Node(parent, position, fresh_tokens.copy(), fresh_blocks)
+            parent.children[tokens.item(position)] = child
+            path.append(child)
+        self._touch(path)
+        return int(fresh_tokens.size)
+
+    def evict(self, num_free: int) -> int:
+        """Trim the least recently used leaves from their tails until `num_free` blocks are free; return how many were.
+
+        Blocks with owners are left in peace, unless evictable blocks can only be reached by forgetting them: then
+        the tree drops its own reference, and their owners keep theirs.
+
+        Raises:
+            KVCacheError: the tree is empty before that: `num_free` exceeds the pool's free and evictable blocks.
+        """
+        pool, before = self._pool, self._pool.num_free
+        while pool.num_free < num_free:
+            if not self._recency:
+                self._forget_parked()
+                continue
+            node = next(iter(self._recency))
+            if node.children:
+                del self._recency[node]
+                continue
+            tail = node.blocks[-(num_free - pool.num_free) :]
+            unowned = pool.owners.count_trailing_zeros(tail)
+            if unowned:
+                self._trim(node, unowned)
+            else:
+                self._park(node)
+        return pool.num_free - before
+
+    def unpark(self, blocks: Blocks) -> None:
+        """Make the leaves that waited for these blocks evictable again, as the least recently used ones."""
+        if not self._parked:
+            return
+        for block in blocks:
+            for node in self._parked.pop(int(block), ()):
+                node.parked_on = -1
+                self._relist(node)
+
+    def clear(self) -> int:
+        """Forget everything; return how many blocks became free by it."""
+        self._roots.clear()
+        self._recency.clear()
+        self._parked.clear()
+        return self._pool.uncache_all()
+
+    def _walk(self, root: Node, tokens: Int32Array) -> tuple[list[Node], int]:
+        """Return the nodes below the root that share tokens with `tokens`, and how many tokens that is in all."""
+        path: list[Node] = []
+        node, position = root, 0
+        while position < tokens.size:
+            child = node.children.get(tokens.item(position))
+            if child is None:
+                break
+            path.append(child)
+            node = child
+            position += common_prefix_length(child.tokens, tokens[position:])
+            if position < child.end:
+                break
+        return path, position
+
+    def _touch(self, path: list[Node]) -> None:
+        for node in reversed(path):
+            if node.parked_on >= 0:
+                self._unpark_one(node)
+            self._recency[node] = None
+            self._recency.move_to_end(node)
+
+    def _split(self, node: Node, position: int) -> Node:
+        """Cut a node at a token inside it; return the new upper part, which is not in the recency list yet."""
+        size, parent = self._block_size, node.parent
+        cut = position - node.start
+        first = node.start // size
+        covered = (position - 1) // size - first + 1
+        upper = Node(parent, node.start, node.tokens[:cut].copy(), node.blocks[:covered].copy())
+        if position % size:
+            self._pool.cache(upper.blocks[-1:])
+        parent.children[upper.tokens.item(0)] = upper
+        node.parent, node.start = upper, position
+        node.tokens, node.blocks = node.tokens[cut:].copy(), node.blocks[position // size - first :].copy()
+        upper.children[node.tokens.item(0)] = node
+        return upper
+
+    def _extend(self, leaf: Node, tokens: Int32Array, blocks: Int32Array, first: int) -> None:
+        """Append to a leaf, where `blocks[0]` is block index `first` = the leaf's end // block_size."""
+        kept = first - leaf.start // self._block_size
+        replaced = leaf.blocks[kept:]
+        leaf.tokens = np.concatenate((leaf.tokens, tokens))
+        leaf.blocks = np.concatenate((leaf.blocks[:kept], blocks))
+        leaf.end += tokens.size
+        self._pool.uncache(replaced)
+
+    def _trim(self, leaf: Node, count: int) -> None:
+        """Drop a leaf's last `count` blocks and the tokens in them; all of them is the leaf itself."""
+        dropped = leaf.blocks[leaf.blocks.size - count :]
+        kept = leaf.blocks.size - count
+        if kept:
+            leaf.end = (leaf.start // self._block_size + kept) * self._block_size
+            leaf.tokens = _head(leaf.tokens, leaf.end - leaf.start)
+            leaf.blocks = _head(leaf.blocks, kept)
+        else:
+            self._remove(leaf)
+        self._pool.uncache(dropped)
+
+    def _remove(self, leaf: Node) -> None:
+        parent = leaf.parent
+        del parent.children[leaf.tokens.item(0)]
+        self._recency.pop(leaf, None)
+        if not parent.children:
+            if parent.namespace is not None:
+                del self._roots[parent.namespace]
+            else:
+                self._relist(parent)
+
+    def _park(self, leaf: Node) -> None:
+        del self._recency[leaf]
+        leaf.parked_on = leaf.blocks.item(-1)
+        self._parked.setdefault(leaf.parked_on, []).append(leaf)
+
+    def _unpark_one(self, leaf: Node) -> None:
+        waiting = self._parked[leaf.parked_on]
+        waiting.remove(leaf)
+        if not waiting:
+            del self._parked[leaf.parked_on]
+        leaf.parked_on = -1
+
+    def _relist(self, node: Node) -> None:
+        """Put a node, and those of its ancestors that are not listed, in front of the recency list."""
+        chain: list[Node] = []
+        while node.namespace is None and node not in self._recency:
+            chain.append(node)
+            node = node.parent
+        for unlisted in reversed(chain):
+            self._recency[unlisted] = None
+            self._recency.move_to_end(unlisted, last=False)
+
+    def _forget_parked(self) -> None:
+        """Drop the owned tail of the leaf that was parked first, so that what is above it can be evicted."""
+        if not self._parked:
+            raise KVCacheError("no evictable block is left in the prefix tree, though the pool counted some")
+        leaf = next(iter(self._parked.values()))[0]
+        self._unpark_one(leaf)
+        unowned = np.flatnonzero(self._pool.owners.counts[leaf.blocks] == 0)
+        kept = int(unowned[-1]) + 1 if unowned.size else 0
+        if kept:
+            self._relist(leaf)
+        self._trim(leaf, leaf.blocks.size - kept)
+
+    def nodes(self) -> Iterator[Node]:
+        """Yield every node but the roots, parents before their children."""
+        waiting = list(self._roots.values())
+        while waiting:
+            node = waiting.pop()
+            if node.namespace is None:
+                yield node
+            waiting.extend(node.children.values())
+
+    def check(self) -> None:
+        """Verify the structure, the references and the recency list.
+
+        Raises:
+            KVCacheError: naming the first thing that is wrong.
+        """
+        held = np.zeros(self._pool.num_blocks, dtype=np.int64)
+        rank = {node: index for index, node in enumerate(self._recency)}
+        listed = parked = 0
+        for namespace, root in self._roots.items():
+            if not root.children or root.namespace != namespace:
+                raise KVCacheError(f"the root of namespace {namespace} is empty or is that of {root.namespace}")
+        for node in self.nodes():
+            self._check_node(node)
+            np.add.at(held, node.blocks, 1)
+            if node in rank:
+                listed += 1
+                if node.parent.namespace is None and rank.get(node.parent, -1) < rank[node]:
+                    raise KVCacheError(f"{_name(node)} was used after its parent, which eviction relies on")
+            elif not node.children:
+                parked += 1
+                if node not in self._parked.get(node.parked_on, ()) or node.blocks.item(-1) != node.parked_on:
+                    raise KVCacheError(
+                        f"leaf {_name(node)} is neither listed for eviction nor parked on its last block"
+                    )
+                if not self._pool.owners.counts[node.parked_on]:
+                    raise KVCacheError(f"leaf {_name(node)} waits for block {node.parked_on}, which nobody owns")
+        if listed != len(self._recency) or parked != sum(map(len, self._parked.values())):
+            raise KVCacheError("the recency list or the parked leaves hold a node that is not in the tree")
+        wrong = held != self._pool.tree.counts
+        if wrong.any():
+            block = int(wrong.argmax())
+            counted = self._pool.tree.counts[block]
+            raise KVCacheError(f"block {block} is in {held[block]} tree nodes, but {counted} references are counted")
+
+    def _check_node(self, node: Node) -> None:
+        parent, size = node.parent, self._block_size
+        problem = None
+        if parent.end != node.start:
+            problem = "does not begin where its parent ends"
+        elif node.end <= node.start or node.tokens.size != node.end - node.start:
+            problem = f"holds {node.tokens.size} tokens"
+        elif parent.children.get(node.tokens.item(0)) is not node:
+            problem = "is not its parent's child under its first token"
+        elif node.blocks.size != (node.end - 1) // size - node.start // size + 1:
+            problem = f"holds {node.blocks.size} blocks of {size} tokens"
+        if problem:
+            raise KVCacheError(f"tree node {_name(node)} {problem}")
+
+
+def _name(node: Node) -> str:
+    return f"[{node.start}, {node.end}) in blocks {node.blocks[:4].tolist()}{'...' if node.blocks.size > 4 else ''}"
