@@ -16,7 +16,7 @@ _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
 @operator("prefill")
 class Prefill(WorkerDoor):
-    """Hands leased sequences to the worker; each comes back when its whole prompt is computed and its first token chosen.
+    """Hands leased sequences to the worker; each comes back when its prompt is computed and its first token chosen.
 
     Guarantee: every sequence leaves exactly once, on `out` or `error`, in the order in which prompts are finished.
     """

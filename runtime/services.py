@@ -131,7 +131,8 @@ class EngineServices:
         """Take back the leases of requests that ended outside the worker."""
         if "leases" not in self.__dict__:
             return
-        if any([self.leases.reclaim(request) for request in requests]):
+        reclaimed = [request for request in requests if self.leases.reclaim(request)]
+        if reclaimed and "worker" in self.__dict__:
             self.worker.on_leases_returned()
         if "worker" in self.__dict__:
             self.worker.reclaim(requests)

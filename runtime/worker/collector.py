@@ -1,4 +1,4 @@
-"""Reads a step's result into the resident table: vectorised for all rows, one by one only for those that are watched."""
+"""Reads a step's result into the resident table: vectorised over rows, one by one only for those that are watched."""
 
 from __future__ import annotations
 
@@ -113,7 +113,8 @@ class Collector:
         if wanted is not None and result.logprobs is not None:
             top: list[tuple[int, float]] = []
             if wanted and result.top_ids is not None and result.top_logprobs is not None:
-                top = list(zip(result.top_ids[at, :wanted].tolist(), result.top_logprobs[at, :wanted].tolist(), strict=True))
+                ids, values = result.top_ids[at, :wanted].tolist(), result.top_logprobs[at, :wanted].tolist()
+                top = list(zip(ids, values, strict=True))
             if row.choice.logprobs is None:
                 row.choice.logprobs = []
             row.choice.logprobs.append(TokenLogprobs(token, float(result.logprobs[at]), top))

@@ -60,7 +60,7 @@ class ThreadDriver:
 
 
 class TaskDriver:
-    """The step loop as a task: deterministic under a virtual clock, and no second thread competes for the interpreter."""
+    """The step loop as a task: deterministic under a virtual clock, and no thread competes for the interpreter."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker

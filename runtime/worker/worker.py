@@ -1,7 +1,7 @@
 """The worker: one device, one resident table, one step loop.
 
-`prefill` and `decode` are its two doors: operators put sequences in with `submit_prefill` and `submit_decode` (from the
-flow's thread) and get lists back, one per step, through `on_prefilled` and `on_decoded` (called on the worker's thread).
+`prefill` and `decode` are its two doors: operators put sequences in with `submit_prefill` and `submit_decode` (on the
+flow's thread) and get lists back, one per step, through `on_prefilled` and `on_decoded` (on the worker's thread).
 """
 
 from __future__ import annotations
