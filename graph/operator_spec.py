@@ -27,12 +27,14 @@ ANY_KIND = frozenset(RecordKind)
 class Port:
     """A named end of an edge and the record kinds it takes or gives.
 
-    An output port with `same_as` gives what arrives at that input port (filter, map, tee).
+    An output port with `same_as` gives what arrives at that input port (filter, map, tee). An `optional` port may be
+    left without an edge; every other port must have one (the error port: unless `on_error` is `drop` or `fail`).
     """
 
     name: str
     kinds: frozenset[RecordKind] = ANY_KIND
     same_as: str | None = None
+    optional: bool = False
 
 
 ERROR_PORT = Port("error", frozenset({RecordKind.DEAD_LETTER}))
@@ -58,6 +60,14 @@ class OperatorSpec:
     writes: str | None = None
     example: str = ""
     factory: Any = None  # the Operator class
+
+    def input(self, name: str) -> Port | None:
+        """The input port of that name, or None."""
+        return next((port for port in self.inputs if port.name == name), None)
+
+    def output(self, name: str) -> Port | None:
+        """The output port of that name, or None."""
+        return next((port for port in self.outputs if port.name == name), None)
 
     @property
     def is_source(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -26,26 +25,37 @@ def register(spec: OperatorSpec) -> None:
     """
     known = _SPECS.get(spec.name)
     if known is not None and known.factory.__qualname__ != spec.factory.__qualname__:
-        raise ConfigError(f"operator {spec.name!r} is already registered by {known.factory.__module__}: choose another name")
+        owner = known.factory.__module__
+        raise ConfigError(f"operator {spec.name!r} is already registered by {owner}: choose another name")
     _SPECS[spec.name] = spec
 
 
-def load_plugins(allowed_modules: Iterable[str] = ()) -> None:
-    """Import every installed plug-in, and the modules that the command line allows.
+def load_plugins() -> None:
+    """Import every installed plug-in of the entry-point group.
 
     Raises:
-        ConfigError: a module cannot be imported.
+        ConfigError: a plug-in cannot be imported.
     """
+    from importlib.metadata import entry_points
+
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry.load()
         except Exception as error:
             raise ConfigError(f"operator plug-in {entry.name} = {entry.value} cannot be imported: {error}") from error
-    for module in allowed_modules:
+
+
+def load_modules(modules: Iterable[str]) -> None:
+    """Import the modules that the command line allows.
+
+    Raises:
+        ConfigError: a module cannot be imported.
+    """
+    for module in modules:
         try:
             import_module(module)
-        except ImportError as error:
-            raise ConfigError(f"--allow-module {module} cannot be imported: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"--allow-module {module} cannot be imported: {error!r}") from error
 
 
 def find_spec(name: str) -> OperatorSpec | None:
