@@ -1,0 +1,139 @@
+"""In which order prefixes are given up, and what never is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sageLLM.kv_runtime import KVCache
+
+ANYONE = ("", "")
+
+
+def test_least_recently_used_goes_first(tokens, store, cached_length):
+    cache = KVCache(6, 4)
+    a, b, c = tokens(8), tokens(8, 100), tokens(8, 200)
+    for sequence in (a, b, c):
+        store(cache, sequence)
+    cache.release(cache.match(a, ANYONE, 8).blocks)
+    cache.allocate(2)
+    assert [cached_length(cache, s) for s in (a, b, c)] == [8, 0, 8]
+    cache.allocate(2)
+    assert [cached_length(cache, s) for s in (a, b, c)] == [8, 0, 0]
+
+
+def test_an_unrecorded_match_is_no_use(tokens, store, cached_length):
+    cache = KVCache(4, 4)
+    a, b = tokens(8), tokens(8, 100)
+    store(cache, a)
+    store(cache, b)
+    assert cached_length(cache, a) == 8
+    cache.allocate(2)
+    assert [cached_length(cache, s) for s in (a, b)] == [0, 8]
+
+
+def test_committing_again_is_a_use(tokens, store, cached_length):
+    cache = KVCache(6, 4)
+    a, b = tokens(8), tokens(8, 100)
+    store(cache, a)
+    store(cache, b)
+    store(cache, a)
+    cache.allocate(4)
+    assert [cached_length(cache, s) for s in (a, b)] == [8, 0]
+
+
+def test_a_long_leaf_is_trimmed_from_its_tail(tokens, store, cached_length):
+    cache = KVCache(4, 4)
+    store(cache, tokens(15))
+    lengths = []
+    for _ in range(4):
+        assert cache.allocate(1) is not None
+        lengths.append(cached_length(cache, tokens(15)))
+    assert lengths == [12, 8, 4, 0]
+    assert cache.stats().evicted_blocks == 4
+
+
+def test_branches_go_before_their_common_prefix(tokens, store, cached_length):
+    cache = KVCache(4, 4)
+    common = tokens(8)
+    left, right = np.append(common, tokens(4, 100)), np.append(common, tokens(4, 200))
+    for branch in (left, right):
+        found = cache.match(branch, ANYONE, 12)
+        mine = np.append(found.blocks, cache.allocate(3 - found.blocks.size))
+        cache.commit(branch, mine, ANYONE)
+        cache.release(mine)
+    assert cache.num_free == 0
+    lengths = []
+    for _ in range(4):
+        cache.allocate(1)
+        lengths.append([cached_length(cache, branch) for branch in (left, right)])
+    assert lengths == [[8, 12], [8, 8], [4, 4], [0, 0]]
+
+
+def test_a_split_makes_the_unused_tail_the_older_part(tokens, store, cached_length):
+    cache = KVCache(7, 4)
+    old, other = tokens(16), np.append(tokens(8), tokens(4, 100))
+    store(cache, old)
+    store(cache, other)
+    cache.allocate(4)  # two free, the two of old's tail
+    assert [cached_length(cache, s) for s in (old, other)] == [8, 12]
+
+
+def test_what_has_an_owner_stays(tokens, store, cached_length):
+    cache = KVCache(4, 4)
+    running = cache.allocate(2)
+    cache.commit(tokens(8), running, ANYONE)
+    store(cache, tokens(8, 100))
+    taken = cache.allocate(2)
+    assert cache.allocate(1) is None
+    assert [cached_length(cache, s) for s in (tokens(8), tokens(8, 100))] == [8, 0]
+    cache.check_integrity([running, taken])
+
+
+def test_released_leaves_become_evictable_again(tokens, store, cached_length):
+    """Eviction passed over the running sequence once; when it ends, its blocks are to be had."""
+    cache = KVCache(4, 4)
+    running = cache.allocate(2)
+    cache.commit(tokens(8), running, ANYONE)
+    store(cache, tokens(8, 100))
+    cache.release(cache.allocate(2))
+    assert cached_length(cache, tokens(8)) == 8
+    cache.release(running)
+    assert cache.available() == 4
+    assert cache.allocate(3).size == 3
+    assert cached_length(cache, tokens(8)) == 4
+    cache.check_integrity()
+
+
+def test_evictable_blocks_above_an_owned_leaf_can_be_had(tokens, store):
+    """Two sequences computed the same prefix. The tree kept the first one's blocks, the second still runs."""
+    cache = KVCache(6, 4)
+    second = cache.allocate(3)
+    store(cache, tokens(8))
+    cache.commit(tokens(12), second, ANYONE)
+    assert cache.available() == 3
+    taken = cache.allocate(3)
+    assert taken.size == 3
+    cache.check_integrity([second, taken])
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_eviction_at_any_batch_size_gives_every_block_once(tokens, store, count):
+    cache = KVCache(128, 4)
+    for index in range(32):
+        store(cache, np.append(tokens(index % 5 + 1), tokens(12, 100 * (index + 1))))
+    taken = []
+    while (blocks := cache.allocate(count)) is not None:
+        taken += blocks.tolist()
+        cache.check_integrity([np.array(taken, dtype=np.int32)])
+    assert len(set(taken)) == len(taken) == 128 // count * count
+
+
+def test_empty_namespaces_leave_nothing_behind(tokens, store):
+    cache = KVCache(4, 4)
+    for tenant in range(50):
+        store(cache, tokens(8), (f"tenant {tenant}", ""))
+    assert len(cache._tree._roots) == 2
+    cache.allocate(4)
+    assert not cache._tree._roots
+    assert not cache._tree._recency

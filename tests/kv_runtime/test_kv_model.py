@@ -1,0 +1,207 @@
+"""The cache against a model that remembers every committed prefix and every token's KV written to every block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sageLLM.kv_runtime import KVCache, pool
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=24)
+NAMESPACES = st.sampled_from([("", ""), ("a", ""), ("", "a")])
+
+
+def as_tokens(tokens):
+    return np.array(tokens, dtype=np.int32)
+
+
+@dataclass(eq=False)
+class Owner:
+    namespace: tuple[str, str]
+    tokens: list[int]
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences live as in the worker. KV is modelled as "all tokens up to here", the one thing that it depends on."""
+
+    @initialize(num_blocks=st.sampled_from([6, 12, 400]), block_size=st.sampled_from([1, 3, 4]))
+    def make(self, num_blocks, block_size):
+        self.cache = KVCache(num_blocks, block_size)
+        self.size = block_size
+        self.kv = {}  # (block, offset) -> (namespace, tokens up to and including that position)
+        self.committed = {}  # namespace -> every prefix ever committed
+        self.owners = []
+        self.lossless = True  # nothing was evicted yet, so every committed prefix must be found
+        self.hits = self.hit_tokens = self.queries = self.queried = self.inserted = 0
+
+    def expected(self, tokens, namespace):
+        known = self.committed.get(namespace, set())
+        return max((n for n in range(1, len(tokens) + 1) if tuple(tokens[:n]) in known), default=0)
+
+    def match(self, tokens, namespace, limit, record=True):
+        found = self.cache.match(as_tokens(tokens), namespace, limit, record=record)
+        bound = self.expected(tokens[:limit] if limit > 0 else [], namespace)
+        assert found.tokens == bound if self.lossless else found.tokens <= bound
+        assert found.blocks.dtype == np.int32
+        assert found.blocks.size == -(-found.tokens // self.size)
+        for p in range(found.tokens):
+            key = (int(found.blocks[p // self.size]), p % self.size)
+            assert self.kv[key] == (namespace, tuple(tokens[: p + 1])), f"wrong KV at position {p}"
+        if record:
+            self.queries += 1
+            self.queried += len(tokens)
+            self.hits += found.tokens > 0
+            self.hit_tokens += found.tokens
+        return found
+
+    def allocate(self, count):
+        before, available = self.cache.num_free, self.cache.available()
+        blocks = self.cache.allocate(count)
+        if blocks is None:
+            assert count > available
+            assert (before, available) == (self.cache.num_free, self.cache.available())
+            return None
+        assert count <= available
+        assert blocks.size == count == len(set(blocks.tolist()))
+        self.lossless = self.lossless and count <= before
+        return blocks
+
+    def compute(self, owner, upto):
+        for p in range(owner.computed, upto):
+            self.kv[owner.blocks[p // self.size], p % self.size] = (owner.namespace, tuple(owner.tokens[: p + 1]))
+        owner.computed = upto
+
+    def commit(self, owner):
+        tokens = owner.tokens[: owner.computed]
+        known = self.expected(tokens, owner.namespace)
+        inserted = self.cache.commit(as_tokens(tokens), as_tokens(owner.blocks), owner.namespace)
+        assert inserted == len(tokens) - known if self.lossless else inserted >= len(tokens) - known
+        self.inserted += inserted
+        prefixes = self.committed.setdefault(owner.namespace, set())
+        prefixes.update(tuple(tokens[:n]) for n in range(1, len(tokens) + 1))
+        found = self.match(tokens, owner.namespace, len(tokens))
+        assert found.tokens == len(tokens), "just committed, with owners: must be found"
+        self.cache.release(found.blocks)
+
+    @rule(tokens=TOKENS, namespace=NAMESPACES)
+    def start(self, tokens, namespace):
+        found = self.match(tokens, namespace, len(tokens) - 1)
+        owner = Owner(namespace, tokens, found.blocks.tolist(), found.tokens)
+        if found.tokens % self.size:
+            copy = self.allocate(1)
+            if copy is None:
+                self.cache.release(found.blocks)
+                return
+            shared = owner.blocks[-1]
+            for offset in range(self.size):
+                if (shared, offset) in self.kv:
+                    self.kv[int(copy[0]), offset] = self.kv[shared, offset]
+            owner.blocks[-1] = int(copy[0])
+            self.cache.release(found.blocks[-1:])
+        rest = self.allocate(-(-len(tokens) // self.size) - len(owner.blocks))
+        if rest is None:
+            self.cache.release(as_tokens(owner.blocks))
+            return
+        owner.blocks += rest.tolist()
+        self.owners.append(owner)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data(), commit=st.booleans())
+    def prefill(self, data, commit):
+        owner = data.draw(st.sampled_from(self.owners))
+        self.compute(owner, data.draw(st.integers(owner.computed, len(owner.tokens))))
+        if commit:
+            self.commit(owner)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data(), tokens=TOKENS, commit=st.booleans())
+    def decode(self, data, tokens, commit):
+        owner = data.draw(st.sampled_from(self.owners))
+        for token in tokens:
+            if len(owner.tokens) == len(owner.blocks) * self.size:
+                more = self.allocate(1)
+                if more is None:
+                    break
+                owner.blocks += more.tolist()
+            owner.tokens = owner.tokens + [token]
+        self.compute(owner, len(owner.tokens))
+        if commit:
+            self.commit(owner)
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data(), commit=st.booleans())
+    def finish(self, data, commit):
+        owner = data.draw(st.sampled_from(self.owners))
+        if commit:
+            self.commit(owner)
+        self.cache.release(as_tokens(owner.blocks))
+        self.owners.remove(owner)
+
+    @precondition(lambda self: len(self.owners) > 1)
+    @rule()
+    def finish_all_at_once(self):
+        self.cache.release(np.concatenate([as_tokens(owner.blocks) for owner in self.owners]))
+        self.owners.clear()
+
+    @rule(tokens=TOKENS, namespace=NAMESPACES, limit=st.integers(-1, 24), record=st.booleans())
+    def look(self, tokens, namespace, limit, record):
+        found = self.match(tokens, namespace, limit, record)
+        self.cache.retain(found.blocks)
+        self.cache.release(np.concatenate([found.blocks, found.blocks]))
+
+    @rule()
+    def take_everything(self):
+        blocks = self.allocate(self.cache.available())
+        self.cache.check_integrity([as_tokens(owner.blocks) for owner in self.owners] + [blocks])
+        assert self.allocate(1) is None
+        self.cache.release(blocks)
+
+    @rule()
+    def clear(self):
+        self.cache.clear()
+        self.committed.clear()
+        self.lossless = True
+
+    @rule()
+    def find_everything(self):
+        for namespace, prefixes in self.committed.items():
+            for tokens in [p for p in prefixes if not any(q[: len(p)] == p and q != p for q in prefixes)]:
+                self.cache.release(self.match(list(tokens), namespace, len(tokens)).blocks)
+
+    @invariant()
+    def books_balance(self):
+        self.cache.check_integrity(as_tokens(owner.blocks) for owner in self.owners)
+        owned = {block for owner in self.owners for block in owner.blocks}
+        assert self.cache.available() == self.cache.num_blocks - len(owned)
+        assert self.cache.usage() == pytest.approx(len(owned) / self.cache.num_blocks)
+        stats = self.cache.stats()
+        assert (stats.queries, stats.queried_tokens) == (self.queries, self.queried)
+        assert (stats.hits, stats.hit_tokens) == (self.hits, self.hit_tokens)
+        assert stats.committed_tokens == self.inserted
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        for owner in self.owners:
+            self.cache.release(as_tokens(owner.blocks))
+        self.cache.clear()
+        assert self.cache.num_free == self.cache.num_blocks
+        self.cache.check_integrity([])
+
+
+@pytest.mark.parametrize("few", [0, pool.FEW], ids=["vectorised", "loops"])
+def test_cache_behaves_like_its_model(monkeypatch, few):
+    monkeypatch.setattr(pool, "FEW", few)
+    machine = type("Machine", (CacheMachine,), {})
+    run = machine.TestCase("runTest")
+    run.settings = settings(
+        max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    run.runTest()
