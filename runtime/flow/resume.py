@@ -1,4 +1,4 @@
-"""What an earlier run of this flow already finished: published by sinks when they open, read by sources before they run."""
+"""What earlier runs of this flow finished: published by sinks when they open, read by sources before they run."""
 
 from __future__ import annotations
 

@@ -1,0 +1,180 @@
+"""Results to a file of JSON lines, exactly once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import anyio
+import anyio.to_thread
+from anyio import from_thread
+from pydantic import Field
+
+from ...errors import ConfigError, OutputLockedError
+from ...records import Completion, DeadLetter, FinishReason
+from ...runtime.flow.operator import Operator, OperatorConfig, Port, RecordKind, operator
+from .output_index import scan_output
+from .result_format import dump_line
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ...runtime.flow.operator import OperatorContext, Outlet
+
+_SYNC_INTERVAL_S = 1.0
+
+
+class JsonlSinkConfig(OperatorConfig):
+    """`path` is relative to the pipeline's folder. `fsync` is when what was written is forced to the disk."""
+
+    path: Annotated[str, Field(min_length=1)]
+    fsync: Literal["never", "interval", "always"] = "interval"
+
+
+@operator("jsonl_sink")
+class JsonlSink(Operator[JsonlSinkConfig]):
+    """Writes completions and dead letters to a file, one JSON object a line (result_format.py shows them).
+
+    Exactly once together with jsonl_source. When it opens, it locks the file against other processes, drops a last
+    line that was torn by a kill, and publishes which input lines stand in it; sources do not send those again.
+    Records of one list are written in one piece. To compute a line again, delete its line from the output.
+
+    What can be lost, and is then computed again by the next run:
+    - kill -9: what was not written yet; `fsync` makes no difference.
+    - power loss: with `fsync: never` what the system had not yet written by itself (about 30 s), with `interval` the
+      last second, with `always` nothing that was written: each list of records is on the disk before the next is taken.
+
+    A cancelled request that came from a file is not written, so that the next run computes it. TokenDeltas are ignored.
+    """
+
+    config_model = JsonlSinkConfig
+    inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DEAD_LETTER, RecordKind.DELTA})),)
+    guarantee = "exactly once with jsonl_source, across kill -9; at least once with any other source"
+    writes = "path"
+    example = """\
+operators:
+  done: {type: jsonl_sink, path: answers.jsonl, fsync: always}
+edges:
+  - detokenize -> done
+"""
+
+    def __init__(self, config: JsonlSinkConfig, context: OperatorContext) -> None:
+        super().__init__(config, context)
+        self.path = context.base_dir / config.path
+        self._fd = -1
+        self._size = 0
+        self._unsynced = anyio.Event()
+
+    async def open(self) -> None:
+        """Lock the file, drop a torn last line, publish the finished lines.
+
+        Raises:
+            OutputLockedError: another process, or another sink of this flow, writes this file.
+            ConfigError: the file cannot be written, or holds something that no jsonl_sink wrote.
+        """
+        path = self.config.path
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror} ({self.path})") from error
+        try:
+            await self._take_over()
+        except BaseException:
+            self._release()
+            raise
+
+    async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        if self.config.fsync != "interval":
+            await super().run(inlet, out)
+            return
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._sync_at_intervals)
+                await super().run(inlet, out)
+                tasks.cancel_scope.cancel()
+        except ExceptionGroup as group:  # one of the two tasks failed: the runtime wants to see that error itself
+            raise group.exceptions[0] from None
+
+    async def process(self, records: list[Any], out: Outlet) -> None:
+        """Write the terminal records.
+
+        Raises:
+            OSError: the write failed (no space, a file system error); nothing of the list stays in the file.
+        """
+        lines = [dump_line(record) for record in records if _is_written(record)]
+        if not lines:
+            return
+        self._write(b"".join(lines))
+        if self.config.fsync == "always":
+            await anyio.to_thread.run_sync(os.fsync, self._fd)
+        else:
+            self._unsynced.set()
+
+    async def close(self) -> None:
+        if self._fd < 0:
+            return
+        try:
+            if self.config.fsync != "never":
+                os.fsync(self._fd)
+        finally:
+            self._release()
+
+    async def _take_over(self) -> None:
+        path = self.config.path
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise ConfigError(f"{path}: is not a regular file; use stdout_sink and redirect it")
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputLockedError(
+                f"{path}: another sink or another run writes this file: wait for it, or name another output"
+            ) from None
+        finished, self._size = await anyio.to_thread.run_sync(scan_output, self._fd, path, from_thread.check_cancelled)
+        os.ftruncate(self._fd, self._size)
+        if self.config.fsync != "never":
+            self._sync_folder()
+        self.context.resume.publish(finished)
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(data)
+
+    async def _sync_at_intervals(self) -> None:
+        while True:
+            await self._unsynced.wait()
+            await anyio.sleep(_SYNC_INTERVAL_S)
+            self._unsynced = anyio.Event()
+            await anyio.to_thread.run_sync(os.fsync, self._fd)
+
+    def _sync_folder(self) -> None:
+        """Make a new file's name itself survive a power loss."""
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _release(self) -> None:
+        os.close(self._fd)  # and with it the lock
+        self._fd = -1
+
+
+def _is_written(record: Any) -> bool:
+    if isinstance(record, Completion):
+        cancelled = any(choice.finish_reason is FinishReason.CANCELLED for choice in record.choices)
+    elif isinstance(record, DeadLetter):
+        cancelled = record.request is not None and record.request.cancelled
+    else:
+        return False
+    request = record.request
+    computed_again = request is not None and request.src is not None and request.src.fingerprint
+    return not (cancelled and computed_again)

@@ -1,0 +1,74 @@
+"""How a terminal record looks as a line of JSON.
+
+    {"request_id", "text", "output_tokens", "finish_reason", "usage", "metrics", "src"}      a Completion
+    {"src", "line", "error", "raw"}                                                          a DeadLetter
+
+A completion of n > 1 has `choices` too, its first one is also at the top. `logprobs` and `prompt_logprobs` are there
+if the request asked for them: one `{"token", "logprob", "top": [[token, logprob], ...]}` per position, null for the
+first prompt token. A logprob of minus infinity is null. Every line has `src`, null if the record came from no file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import to_json
+
+from ...records import Completion, DeadLetter
+
+if TYPE_CHECKING:
+    from ...records import Choice, TokenLogprobs
+
+
+def dump_line(record: Completion | DeadLetter) -> bytes:
+    """The record as one line, newline included."""
+    fields = completion_fields(record) if isinstance(record, Completion) else dead_letter_fields(record)
+    return to_json(fields, inf_nan_mode="null") + b"\n"
+
+
+def completion_fields(completion: Completion) -> dict[str, Any]:
+    request, choices = completion.request, completion.choices
+    output_length = completion.output_length
+    fields = {"request_id": request.request_id, **_choice_fields(choices[0])}
+    if len(choices) > 1:
+        fields["choices"] = [{"index": choice.index, **_choice_fields(choice)} for choice in choices]
+    if completion.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = _dump_logprobs(completion.prompt_logprobs)
+    fields["usage"] = {
+        "prompt_tokens": completion.prompt_length,
+        "completion_tokens": output_length,
+        "total_tokens": completion.prompt_length + output_length,
+    }
+    fields["metrics"] = completion.metrics.to_dict()
+    fields["src"] = None if request.src is None else request.src.to_dict()
+    return fields
+
+
+def dead_letter_fields(letter: DeadLetter) -> dict[str, Any]:
+    src = letter.src
+    if src is None and letter.request is not None:
+        src = letter.request.src
+    fields: dict[str, Any] = {"src": None, "line": None, "error": letter.error, "raw": letter.raw}
+    if letter.request is not None:
+        fields["request_id"] = letter.request.request_id
+    if src is not None:
+        fields |= {"src": src.to_dict(), "line": src.line}
+    return fields
+
+
+def _choice_fields(choice: Choice) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "text": choice.text,
+        "output_tokens": choice.output_tokens,
+        "finish_reason": choice.finish_reason,
+    }
+    if choice.logprobs is not None:
+        fields["logprobs"] = _dump_logprobs(choice.logprobs)
+    return fields
+
+
+def _dump_logprobs(logprobs: list[TokenLogprobs] | list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    return [
+        None if entry is None else {"token": entry.token, "logprob": entry.logprob, "top": entry.top}
+        for entry in logprobs
+    ]

@@ -1,0 +1,157 @@
+"""Requests from a file of JSON lines, exactly once."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Annotated, Any
+
+import anyio.to_thread
+from anyio import from_thread
+from pydantic import Field
+
+from ...errors import ConfigError, SourceChangedError
+from ...runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
+from .fingerprint import fingerprint_file, fingerprinted_size
+from .lines import LineSplitter
+from .read_lines import read_requests
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ...runtime.flow.operator import OperatorContext, Outlet
+    from ...runtime.flow.resume import FinishedLines, LineSet
+
+_CHUNK_BYTES = 1 << 18
+
+
+class JsonlSourceConfig(OperatorConfig):
+    """`path` is relative to the pipeline's folder. `batch_size` is the most requests sent on at once."""
+
+    path: Annotated[str, Field(min_length=1)]
+    max_line_bytes: Annotated[int, Field(gt=0)] = 4 * 1024 * 1024
+    batch_size: Annotated[int, Field(gt=0)] = 64
+
+
+@operator("jsonl_source")
+class JsonlSource(Operator[JsonlSourceConfig]):
+    """Reads requests from a file, one JSON object a line.
+
+    Exactly once together with jsonl_sink, across kill -9: every request carries its position and the file's
+    fingerprint, the sink writes them with the result, and lines that stand in the output of any jsonl_sink of this
+    flow are not read again. A file that is not, byte for byte, the one that the output was begun from is refused.
+    The file is read in chunks on a worker thread, at the pace of the pipeline; memory does not grow with it.
+
+    A line that is no request (see request_format.py), is not UTF-8 or is longer than `max_line_bytes` becomes a dead
+    letter, and the stream goes on. Blank lines are skipped. A request without an id is called `line-<number>`.
+    """
+
+    config_model = JsonlSourceConfig
+    outputs = (Port("out", frozenset({RecordKind.REQUEST})), ERROR_PORT)
+    guarantee = "exactly once with jsonl_sink, across kill -9; at least once with any other sink"
+    example = """\
+operators:
+  source: {type: jsonl_source, path: questions.jsonl, max_line_bytes: 1048576}
+  dead: {type: jsonl_sink, path: dead.jsonl}
+edges:
+  - source -> tokenize
+  - source.error -> dead
+"""
+
+    def __init__(self, config: JsonlSourceConfig, context: OperatorContext) -> None:
+        super().__init__(config, context)
+        self.path = context.base_dir / config.path
+        self.size_bytes = 0
+        self.read_bytes = 0  # for a progress display: reaches size_bytes at the end
+        self._fd = -1
+        self._sent = 0  # the last line sent on; a restarted source goes on behind it
+
+    async def open(self) -> None:
+        """Open the file.
+
+        Raises:
+            ConfigError: there is no such file, it is not a regular file, or it cannot be read.
+        """
+        path = self.config.path
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror} (looked for {self.path})") from error
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            await self.close()
+            raise ConfigError(f"{path}: is not a regular file; feed a pipe or a terminal through stdin_source")
+
+    async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        """Send every line that is not finished yet.
+
+        Raises:
+            SourceChangedError: the output was begun from another content, or the file changes while it is read.
+        """
+        begun = os.fstat(self._fd)
+        self.size_bytes, self.read_bytes = begun.st_size, 0
+        fingerprint = await anyio.to_thread.run_sync(
+            fingerprint_file, self._fd, begun.st_size, from_thread.check_cancelled
+        )
+        finished = self._find_finished(fingerprint)
+        splitter = LineSplitter(self.config.max_line_bytes)
+        while chunk := await anyio.to_thread.run_sync(os.pread, self._fd, _CHUNK_BYTES, self.read_bytes):
+            self.read_bytes += len(chunk)
+            self._check_unchanged(begun)
+            await self._send(splitter.feed(chunk), finished, fingerprint, out)
+        await self._send(splitter.finish(), finished, fingerprint, out)
+
+    async def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    async def _send(self, lines: list[Any], finished: list[LineSet], fingerprint: str, out: Outlet) -> None:
+        pending = [
+            line for line in lines if line.number > self._sent and not any(line.number in done for done in finished)
+        ]
+        size = self.config.batch_size
+        for start in range(0, len(pending), size):
+            batch = pending[start : start + size]
+            requests, letters = read_requests(batch, self.config.path, fingerprint, self.config.max_line_bytes)
+            self._sent = batch[-1].number
+            if letters:
+                await out.reject(letters)
+            if requests:
+                await out.send(requests)
+
+    def _find_finished(self, fingerprint: str) -> list[LineSet]:
+        """The finished lines of this file, under every name that it had in earlier runs."""
+        finished = []
+        for entry in self.context.resume:
+            if entry.fingerprint == fingerprint and self._may_be_this_file(entry.file):
+                finished.append(entry.lines)
+            elif entry.fingerprint != fingerprint and self._is_this_file(entry.file):
+                raise SourceChangedError(self._explain_change(entry))
+        return finished
+
+    def _is_this_file(self, recorded: str) -> bool:
+        other = self.context.base_dir / recorded
+        return recorded == self.config.path or (other.exists() and other.samefile(self.path))
+
+    def _may_be_this_file(self, recorded: str) -> bool:
+        """Of the same content: this file, or one that is gone, so that it has been renamed; a copy is another file."""
+        return self._is_this_file(recorded) or not (self.context.base_dir / recorded).exists()
+
+    def _explain_change(self, entry: FinishedLines) -> str:
+        outputs = " and ".join(sorted(entry.outputs))
+        size = fingerprinted_size(entry.fingerprint)
+        what = "has changed"
+        if size < self.size_bytes and fingerprint_file(self._fd, size) == entry.fingerprint:
+            what = f"has grown from {size} to {self.size_bytes} bytes"
+        return (
+            f"{self.config.path}: {what} since {outputs} was begun from it: restore it to finish that output, "
+            "put new lines in a file of their own, or write to another output"
+        )
+
+    def _check_unchanged(self, begun: os.stat_result) -> None:
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (begun.st_size, begun.st_mtime_ns):
+            raise SourceChangedError(
+                f"{self.config.path}: was changed while it was read; its results so far belong to the old content: "
+                "restore it, or start again with another output"
+            )

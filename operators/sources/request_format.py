@@ -1,0 +1,264 @@
+"""What a line of input may say: our own request lines, and the lines of OpenAI's batch files.
+
+    {"prompt": "2+2?", "max_new_tokens": 8, "temperature": 0}
+    {"messages": [{"role": "user", "content": "2+2?"}], "id": "q1", "stop": "\\n"}
+    {"custom_id": "q1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 8}}
+
+A field that is null counts as absent. `max_tokens` and `max_completion_tokens` mean `max_new_tokens`, `id` means
+`request_id`. In a batch line `model` and `user` are accepted and change nothing: the pipeline has one model, and the
+prefix cache is divided by `tenant`.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import from_json
+from typing_extensions import TypedDict
+
+from ...errors import RequestError
+from ...records import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from ...records import SourcePosition
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Alternatives = Annotated[int, Field(ge=0, le=20)]
+
+
+@with_config(_STRICT)
+class TextPart(TypedDict):
+    type: Literal["text"]
+    text: str
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class Message(TypedDict, total=False):
+    role: Required[Text]
+    content: str | list[TextPart] | None
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class SamplingFields(TypedDict, total=False):
+    min_tokens: Annotated[int, Field(ge=0)] | None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    top_k: Annotated[int, Field(ge=0)] | None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    presence_penalty: Penalty | None
+    frequency_penalty: Penalty | None
+    logit_bias: dict[Token, Finite] | None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None
+    stop: Text | list[Text] | None
+    stop_token_ids: list[Token] | None
+    ignore_eos: bool | None
+    n: Annotated[int, Field(ge=1, le=128)] | None
+    prompt_logprobs: Alternatives | None
+
+
+_SAMPLING = frozenset(SamplingFields.__annotations__)
+
+
+class RequestFields(SamplingFields, total=False):
+    messages: Messages | None
+    prompt_tokens: Tokens | None
+    max_new_tokens: Count | None
+    max_tokens: Count | None
+    max_completion_tokens: Count | None
+    tenant: str | None
+    cache_salt: str | None
+    priority: int | None
+    stream: bool | None
+
+
+@with_config(_STRICT)
+class RequestLine(RequestFields, total=False):
+    """A line of our own."""
+
+    request_id: Text | int | None
+    id: Text | int | None
+    prompt: str | None
+    logprobs: Alternatives | None
+
+
+@with_config(_STRICT)
+class BatchBody(RequestFields, total=False):
+    """The `body` of a batch line: the request of OpenAI's chat or text completions."""
+
+    prompt: str | Tokens | None
+    logprobs: bool | Alternatives | None
+    top_logprobs: Alternatives | None
+    model: str | None
+    user: str | None
+
+
+@with_config(_STRICT)
+class BatchLine(TypedDict, total=False):
+    custom_id: Required[Text]
+    method: Literal["POST"]
+    url: Literal["/v1/chat/completions", "/v1/completions"]
+    body: Required[BatchBody]
+
+
+@cache  # built at the first line, not at import: it takes tens of milliseconds
+def _adapter(form: type[Any]) -> TypeAdapter[dict[str, Any]]:
+    return TypeAdapter(form)
+
+
+# pydantic adds the branch of a union that it tried to where the error is
+_UNION_BRANCHES = frozenset({"str", "int", "bool", "constrained-str", "constrained-int", "[key]"}) | {
+    f"list[{inner}]" for inner in ("str", "constrained-str", "constrained-int", "TextPart")
+}
+
+
+def parse_request(line: bytes, default_id: str, src: SourcePosition | None = None) -> Request:
+    """Read one request from one line of JSON. `default_id` is its id if the line gives none.
+
+    Raises:
+        RequestError: the line is no request; the message names each field that is wrong and what to write instead.
+    """
+    batch = (b'"body"' in line or b'"custom_id"' in line) and _is_batch_line(line)
+    try:
+        data = _adapter(BatchLine if batch else RequestLine).validate_json(line)
+    except ValidationError as error:
+        raise RequestError(_explain(error, line, batch)) from None
+    return _from_batch_line(data, src) if batch else _from_request_line(data, default_id, src)
+
+
+def _is_batch_line(line: bytes) -> bool:
+    try:
+        data = from_json(line)
+    except ValueError:
+        return False
+    return isinstance(data, dict) and not {"body", "custom_id"}.isdisjoint(data)
+
+
+def _from_request_line(data: dict[str, Any], default_id: str, src: SourcePosition | None) -> Request:
+    request_id = _one_of(data, "request_id", "id")
+    return _build(data, default_id if request_id is None else str(request_id), data.get("logprobs"), src)
+
+
+def _from_batch_line(data: dict[str, Any], src: SourcePosition | None) -> Request:
+    body = data["body"]
+    if isinstance(body.get("prompt"), list):
+        if body.get("prompt_tokens") is not None:
+            raise RequestError("body: found prompt and prompt_tokens: write one of them")
+        body["prompt_tokens"] = body.pop("prompt")
+    chat = body.get("messages") is not None
+    url = data.get("url")
+    if url is not None and chat != (url == "/v1/chat/completions"):
+        raise RequestError(f"url {url} takes body.{'prompt' if chat else 'messages'}, found another kind of body")
+    logprobs, top = body.get("logprobs"), body.get("top_logprobs")
+    if top is not None and logprobs is not True:
+        raise RequestError("body.top_logprobs needs body.logprobs: true")
+    if isinstance(logprobs, bool):
+        logprobs = (top or 0) if logprobs else None
+    return _build(body, data["custom_id"], logprobs, src)
+
+
+def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: SourcePosition | None) -> Request:
+    prompt, messages, tokens = data.get("prompt"), data.get("messages"), data.get("prompt_tokens")
+    if (prompt is None) + (messages is None) + (tokens is None) != 2:
+        given = [name for name in ("prompt", "messages", "prompt_tokens") if data.get(name) is not None]
+        raise RequestError(f"found {' and '.join(given) or 'no prompt'}: write one of prompt, messages, prompt_tokens")
+    sampling = {name: data[name] for name in data if name in _SAMPLING and data[name] is not None}
+    if "stop" in sampling:
+        stop = sampling["stop"]
+        sampling["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "stop_token_ids" in sampling:
+        sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+    max_new_tokens = _one_of(data, "max_new_tokens", "max_tokens", "max_completion_tokens")
+    if max_new_tokens is not None:
+        sampling["max_new_tokens"] = max_new_tokens
+    params = SamplingParams(logprobs=logprobs, **sampling)
+    if params.min_tokens > params.max_new_tokens:
+        raise RequestError(f"min_tokens {params.min_tokens} is more than max_new_tokens {params.max_new_tokens}")
+    return Request(
+        request_id,
+        prompt,
+        None if messages is None else [_plain_message(message) for message in messages],
+        tokens,
+        params,
+        stream=bool(data.get("stream")),
+        tenant=data.get("tenant") or "",
+        cache_salt=data.get("cache_salt") or "",
+        priority=data.get("priority") or 0,
+        src=src,
+    )
+
+
+def _one_of(data: dict[str, Any], *names: str) -> Any:
+    given = [name for name in names if data.get(name) is not None]
+    if len(given) > 1:
+        raise RequestError(f"found {' and '.join(given)}: they mean the same, write one")
+    return data[given[0]] if given else None
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """Chat templates expect text: join the parts of a content list with newlines."""
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = "\n".join(part["text"] for part in content)
+    return message
+
+
+def _explain(error: ValidationError, line: bytes, batch: bool) -> str:
+    problems: dict[str, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        kind, loc = detail["type"], [str(part) for part in detail["loc"]]
+        if kind == "json_invalid":
+            return _explain_syntax(detail["ctx"]["error"], line)
+        if kind == "dict_type" and not loc:
+            return f'found a JSON {_json_type(detail["input"])}: write an object such as {{"prompt": "..."}}'
+        field = ".".join(part for part in loc if part not in _UNION_BRANCHES)
+        said = problems.setdefault(field, [])
+        message = detail["msg"].removeprefix("Input should be ")
+        if kind == "extra_forbidden":
+            said.append(_explain_unknown(loc, batch))
+        elif kind == "missing":
+            said.append(f"missing field '{field}'")
+        elif said:
+            said.append(f" or {message}")
+        else:
+            should = "should be " if message != detail["msg"] else "but "
+            said.append(f"{field}: found {_short(detail['input'])}, {should}{message[0].lower()}{message[1:]}")
+    return "; ".join("".join(said) for said in problems.values())
+
+
+def _explain_syntax(reason: str, line: bytes) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
+    return f"not JSON: {reason.replace('at line 1 column', 'at column')}"
+
+
+def _explain_unknown(loc: list[str], batch: bool) -> str:
+    form: Any = TextPart if len(loc) > 2 else (BatchBody if loc[0] == "body" else BatchLine) if batch else RequestLine
+    fields = sorted(get_type_hints(form))
+    near = get_close_matches(loc[-1], fields, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(fields)}"
+    return f"unknown field '{'.'.join(loc)}': {hint}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
