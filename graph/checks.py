@@ -195,7 +195,7 @@ def _note_mismatch(
     problems.add(
         wire.target.path,
         f"{edge.source}.{edge.source_port} gives {words(given)}, but {edge.target}.{edge.target_port} "
-        f"({draft.specs[edge.target].name}) takes {words(taken)}; {advice}",
+        f"takes {words(taken)}; {advice}",
         offset=wire.target.offset,
     )
 
@@ -228,7 +228,7 @@ def _check_stages(
             stage = " or ".join(repr(n) for n in here or givers) or "an operator that provides it"
             problems.add(
                 ("operators", name),
-                f"{name!r} ({spec.name}) needs records that are {fact!r}, but those from {without[fact]!r} are not: "
+                f"{spec.title(name)} needs records that are {fact!r}, but those from {without[fact]!r} are not: "
                 f"a stage is missing; put {stage} upstream of {name!r}",
                 at_key=True,
             )

@@ -47,10 +47,14 @@ class Mark:
 
 @dataclass(slots=True)
 class Document:
-    """Plain values, the marks of where they stand, and which of them came from `--set`."""
+    """Plain values, the marks of where they stand, and which of them came from `--set`.
+
+    Values that were never written in a file are located by their keys: `pipeline:operators.decode.max_batch`.
+    """
 
     source: str
     data: Any
+    is_file: bool = False
     marks: dict[KeyPath, Mark] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
@@ -71,8 +75,8 @@ class Document:
             else:
                 line, column = mark.line, mark.column
             return (1, line, column), f"{self.source}:{line}:{column}"
-        dotted = ".".join(map(str, path))
-        return (1, 0, 0), f"{self.source}:{dotted}" if dotted else self.source
+        dotted = "1:1" if self.is_file else ".".join(map(str, path))
+        return (1, 1, 1), f"{self.source}:{dotted}" if dotted else self.source
 
     def override(self, path: KeyPath, value: Any, origin: str) -> None:
         """Put a value at a path, as `--set` asks; missing mappings on the way are created.
@@ -83,30 +87,30 @@ class Document:
         if not isinstance(self.data, dict):
             raise LookupError("the file holds no mapping")
         container: Any = self.data
-        for index, key in enumerate(path[:-1]):
-            if isinstance(container, dict):
-                if container.get(key) is None:
-                    container[key] = {}
-                container = container[key]
-            else:
-                container = _item(container, key, path[:index])[int(key)]
-        last = path[-1]
-        if isinstance(container, dict):
-            container[last] = value
-        else:
-            _item(container, last, path[:-1])[int(last)] = value
+        steps: list[str | int] = []
+        for key in path[:-1]:
+            steps.append(_step(container, key, steps))
+            if isinstance(container, dict) and container.get(key) is None:
+                container[key] = {}
+            container = container[steps[-1]]
+        steps.append(_step(container, path[-1], steps))
+        container[steps[-1]] = value
+        path = tuple(steps)
         for known in [p for p in self.marks if p[: len(path)] == path]:
             del self.marks[known]
         self.origins[path] = origin
 
 
-def _item(container: Any, key: str | int, path: KeyPath) -> list[Any]:
-    where = ".".join(map(str, path))
+def _step(container: Any, key: str | int, steps: list[str | int]) -> str | int:
+    """The key or index that one step of a path means."""
+    if isinstance(container, dict):
+        return key
+    where = ".".join(map(str, steps))
     if not isinstance(container, list):
         raise LookupError(f"{where} is not a mapping, so it has no {key!r}")
     if not str(key).isdigit() or int(key) >= len(container):
         raise LookupError(f"{where} is a list of {len(container)}: write an index from 0")
-    return container
+    return int(key)
 
 
 def read_document(text: str, source: str) -> Document:
@@ -119,7 +123,7 @@ def read_document(text: str, source: str) -> Document:
     try:
         root = loader.get_single_node()
         builder = _Builder(loader, source)
-        document = Document(source, builder.build(root, (), None), builder.marks)
+        document = Document(source, builder.build(root, (), None), True, builder.marks)
     except yaml.MarkedYAMLError as error:
         raise PipelineError([_syntax_problem(error, text, source)]) from error
     except yaml.YAMLError as error:

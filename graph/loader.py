@@ -15,7 +15,7 @@ from .checks import Draft, check_graph
 from .document import Document, KeyPath, parse_value, read_document
 from .fields import validate_model
 from .pipeline import Node, Pipeline
-from .problems import Problems, did_you_mean, show
+from .problems import Problems, did_you_mean, nearest, show
 from .registry import all_specs, find_spec, load_plugins
 from .substitution import resolve_references
 from .wiring import read_edges
@@ -196,8 +196,7 @@ def _read_operators(
         spec = specs[name] = _find_type(name, values.pop("type", name), "type" in (fields or {}), problems)
         if spec is None:
             continue
-        what = f"operator {name!r}" if spec.name == name else f"operator {name!r} ({spec.name})"
-        config = validate_model(spec.config_model, values, path, what, problems)
+        config = validate_model(spec.config_model, values, path, f"operator {spec.title(name)}", problems)
         if config is not None:
             configs[name] = config
         default = spec.config_model.model_fields.get("on_error")
@@ -227,7 +226,8 @@ def _find_type(name: str, type_name: Any, is_given: bool, problems: Problems) ->
             f"write the registered name here, and add --allow-module {module} to the command",
         )
         return None
-    near = did_you_mean(type_name, all_specs())
-    hint = "" if is_given or "did you mean" in near else "; or name its `type:`"
-    problems.add(path, f"no operator type {type_name!r}{near}{hint}", at_key=not is_given)
+    hint = "" if is_given or nearest(type_name, all_specs()) else "; or name its `type:`"
+    problems.add(
+        path, f"no operator type {type_name!r}{did_you_mean(type_name, all_specs())}{hint}", at_key=not is_given
+    )
     return None

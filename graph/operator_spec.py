@@ -69,6 +69,10 @@ class OperatorSpec:
         """The output port of that name, or None."""
         return next((port for port in self.outputs if port.name == name), None)
 
+    def title(self, node: str) -> str:
+        """A node of this type in a message: its name, and its type where that differs."""
+        return f"{node!r}" if node == self.name else f"{node!r} ({self.name})"
+
     @property
     def is_source(self) -> bool:
         return not self.inputs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .document import KeyPath, parse_value
-from .problems import Problems, did_you_mean
+from .problems import Problems, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,12 +40,14 @@ class _Resolver:
         self.problems = problems
         self._resolved: dict[str, Any] = {}
         self._open: list[str] = []
+        self._broken: set[str] = set()
 
     def variable(self, name: str) -> Any:
         if name not in self._resolved:
             if name in self._open:
                 loop = " -> ".join([*self._open[self._open.index(name) :], name])
                 self.problems.add(("vars", name), f"vars refer to each other in a circle, {loop}; give one a value")
+                self._broken.add(name)
                 return None
             self._open.append(name)
             self._resolved[name] = self.replace(self.variables[name], ("vars", name))
@@ -81,21 +83,33 @@ class _Resolver:
                 f"found {match.string[match.start() :]!r}; write ${{name}}, ${{NAME:default}}, or $${{ for a plain ${{",
                 offset=match.start(),
             )
+            self._break(path)
             return None
         name, default = body["name"], body["default"]
         if name in self.variables:
-            return self.variable(name)
+            value = self.variable(name)
+            if name in self._broken:
+                self._break(path)
+            return value
         if name in self.environment:
             return _typed(self.environment[name])
         if default is not None:
             return _typed(default[1:])
+        near = nearest(name, self.variables)
+        advice = f"did you mean ${{{near}}}?" if near else f"add it under vars, or write ${{{name}:default}}"
         self.problems.add(
             path,
-            f"{match[0]} is neither a var nor set in the environment: "
-            f"add it under vars, or write ${{{name}:default}}{did_you_mean(name, self.variables)}",
+            f"{match[0]} is neither a var nor set in the environment; {advice}",
             offset=match.start(),
         )
+        self._break(path)
         return None
+
+    def _break(self, path: KeyPath) -> None:
+        """Nothing more is to be said of a value whose reference is unresolved, nor of what refers to it."""
+        self.problems.ignore(path)
+        if path[0] == "vars":
+            self._broken.add(str(path[1]))
 
 
 def _typed(text: str) -> Any:

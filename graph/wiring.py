@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .pipeline import Edge
 from .problems import did_you_mean, show
+from .registry import find_spec
 
 if TYPE_CHECKING:
     from .document import KeyPath
@@ -101,7 +102,8 @@ class _Reader:
             self.wiring.complete = False
             message = f"found {text!r} between arrows; write an operator's name or `name.port`"
             if match is not None:
-                message = f"no operator {name!r} under operators{did_you_mean(name, self.specs)}"
+                advice = f"; add `{name}:` there" if find_spec(name) else did_you_mean(name, self.specs)
+                message = f"no operator {name!r} under operators{advice}"
             self.problems.add(path, message, offset=offset)
             return None
         spec = self.specs[name]
@@ -124,10 +126,11 @@ def _choose_ports(
     name: str, port: str | None, spec: OperatorSpec, is_target: bool, is_source: bool
 ) -> tuple[str | None, str | None]:
     """The (input, output) ports that an end of a chain means, None on the side it does not have."""
+    title = spec.title(name)
     if is_target and spec.is_source:
-        raise ValueError(f"{name!r} is a source ({spec.name}) and takes no input; begin the chain with it")
+        raise ValueError(f"{title} is a source and takes no input; begin the chain with it")
     if is_source and not spec.outputs:
-        raise ValueError(f"{name!r} is a sink ({spec.name}) and gives nothing; end the chain with it")
+        raise ValueError(f"{title} is a sink and gives nothing; end the chain with it")
     names_input = is_target and port is not None and spec.input(port) is not None
     names_output = is_source and port is not None and spec.output(port) is not None
     if port is not None and names_input and names_output:
@@ -135,19 +138,19 @@ def _choose_ports(
     if port is not None and not names_input and not names_output:
         ports = [p.name for p in ((*spec.inputs,) if is_target else ()) + ((*spec.outputs,) if is_source else ())]
         side = "input or output" if is_target and is_source else "input" if is_target else "output"
-        raise ValueError(f"{name!r} ({spec.name}) has no {side} port {port!r}{did_you_mean(port, ports)}")
+        raise ValueError(f"{title} has no {side} port {port!r}{did_you_mean(port, ports)}")
     target_port = source_port = None
     if is_target:
         target_port = port if names_input else _default(spec.inputs, "in")
         if target_port is None:
             names = " or ".join(f"{name}.{p.name}" for p in spec.inputs)
-            raise ValueError(f"{name!r} ({spec.name}) has several inputs; write {names}")
+            raise ValueError(f"{title} has several inputs; write {names}")
     if is_source:
         source_port = port if names_output else _default(tuple(p for p in spec.outputs if p.name != "error"), "out")
         if source_port is None:
             names = " or ".join(f"{name}.{p.name}" for p in spec.outputs)
             why = "is a sink" if spec.is_sink else "has several outputs"
-            raise ValueError(f"{name!r} ({spec.name}) {why}; write {names}")
+            raise ValueError(f"{title} {why}; write {names}")
     return target_port, source_port
 
 
