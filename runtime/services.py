@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ..kv_runtime.cache import KVCache
+from .calls import CallDesk
 from .scheduler.lease import LeaseBook
 from .scheduler.waiting import WaitingQueue
 
@@ -57,6 +58,11 @@ class EngineServices:
     @cached_property
     def leases(self) -> LeaseBook:
         return LeaseBook(self.kv, self.config.scheduler.max_batch_size, self.config.kv_cache.block_size)
+
+    @cached_property
+    def calls(self) -> CallDesk:
+        """Where a program's own requests come in, for `call_source` and `call_sink`."""
+        return CallDesk()
 
     @cached_property
     def waiting(self) -> WaitingQueue:
@@ -110,7 +116,7 @@ class EngineServices:
     def _make_stop_matcher(self, sequence: Sequence) -> StopStringMatcher:
         from .worker.stop_strings import StopStringMatcher
 
-        return StopStringMatcher(self.tokenizer.stream(), sequence.sampling.stop)
+        return StopStringMatcher(self.tokenizer.stream(), sequence.sampling.stop, sequence.sampling.min_tokens)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -126,6 +132,14 @@ class EngineServices:
                 with anyio.CancelScope(shield=True):
                     await anyio.to_thread.run_sync(driver.stop) if not self.is_null else driver.stop()
                 del self.worker  # a stopped worker is not started again; the next run builds one
+
+    def cancel(self, requests: list[Request]) -> None:
+        """End requests wherever they are; from any thread."""
+        for request in requests:
+            request.cancelled = True
+        if "worker" in self.__dict__ and self.worker.failure is None:
+            self.worker.cancel(requests)
+            self.worker.on_leases_returned()
 
     def release(self, requests: list[Request]) -> None:
         """Take back the leases of requests that ended outside the worker."""

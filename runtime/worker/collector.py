@@ -103,12 +103,10 @@ class Collector:
         if sequence.request.stream and row.owner.decoding:
             decoded.append(TokenDelta(sequence, row.choice.index, [token]))
         matcher = self._matchers.get(slot)
-        if matcher is not None and table.outputs_read[slot] >= sequence.sampling.min_tokens:
+        if matcher is not None:
             found = matcher.push([token])
             if found is not None:
                 self._matched[slot] = found[1]
-        elif matcher is not None:
-            matcher.push([token])
         wanted = sequence.sampling.logprobs
         if wanted is not None and result.logprobs is not None:
             top: list[tuple[int, float]] = []

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ...backends.base import StepLayout
-from ...records import TokenLogprobs
 from ..scheduler.plan import StepResult
-from .sampling import SamplingState, prompt_logprobs
+from .logprobs import prompt_logprobs, to_records
+from .sampling import SamplingState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ...backends.base import Backend
     from ...models.decoder import DecoderModel
-    from ...records import Sequence
+    from ...records import Sequence, TokenLogprobs
     from ..scheduler.plan import StepPlan
     from .sampling import SampledTokens
 
@@ -103,13 +103,12 @@ class TorchExecutor:
         logit_rows, sample_at = self._logit_rows(plan)
         logits = self._model.forward(input_ids, layout, self._kv, logit_rows)
         told = self._prompt_logprobs(plan, logits) if logit_rows is None else None
-        slots = torch.from_numpy(plan.sample_slots).to(device)
         if not len(plan.sample_slots):
             return lambda: StepResult(np.empty(0, np.int64), prompt_logprobs=_read_prompt_logprobs(told))
         if sample_at is not None:
             logits = logits[sample_at.to(device)]
-        sampled = self._sampling.sample(logits, slots, torch.from_numpy(plan.sample_steps).to(device))
-        self._newest[slots] = sampled.tokens
+        sampled = self._sampling.sample(logits, plan.sample_slots, plan.sample_steps)
+        self._newest[torch.from_numpy(plan.sample_slots).to(device)] = sampled.tokens
         return lambda: _read(sampled, told)
 
     def _input_ids(self, plan: StepPlan) -> Tensor:
@@ -177,6 +176,7 @@ def _read(sampled: SampledTokens, told: dict[int, tuple[Tensor, Any]] | None) ->
 def _read_prompt_logprobs(told: dict[int, tuple[Tensor, Any]] | None) -> dict[int, list[TokenLogprobs]]:
     read: dict[int, list[TokenLogprobs]] = {}
     for index, (tokens, (chosen, top_ids, top_logprobs)) in (told or {}).items():
-        columns = zip(tokens.tolist(), chosen.tolist(), top_ids.tolist(), top_logprobs.tolist(), strict=True)
-        read[index] = [TokenLogprobs(t, p, list(zip(ids, ps, strict=True))) for t, p, ids, ps in columns]
+        read[index] = to_records(
+            tokens.tolist(), chosen.tolist(), top_ids.tolist(), top_logprobs.tolist(), top_ids.shape[1]
+        )
     return read

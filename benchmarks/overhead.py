@@ -1,0 +1,106 @@
+"""`sagellm bench overhead`: the engine's own cost, as the whole pipeline on the null model, file to file."""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import json
+import pstats
+import random
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+if TYPE_CHECKING:
+    from ..graph import Pipeline
+
+PROMPT_TOKENS = 64
+OUTPUT_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class OverheadReport:
+    """`seconds` is from the start of the flow to its end; starting Python and building the pipeline are not in it."""
+
+    requests: int
+    seconds: float
+    profile: str | None
+
+    @property
+    def requests_per_second(self) -> float:
+        return self.requests / self.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.requests * OUTPUT_TOKENS / self.seconds
+
+
+def measure_overhead(requests: int, batch: int, profile: bool = False) -> OverheadReport:
+    """Run `requests` of 64 tokens in and 32 out through every stage; with `profile`, say where the time went."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_requests(Path(folder) / "in.jsonl", requests)
+        pipeline = _build(Path(folder), batch)
+        profiler = cProfile.Profile() if profile else None
+        seconds = anyio.run(_run, pipeline, profiler)
+        done = sum(1 for _ in (Path(folder) / "out.jsonl").open("rb"))
+    if done != requests:
+        raise RuntimeError(f"{done} of {requests} requests came out")
+    text = None
+    if profiler is not None:
+        stream = io.StringIO()
+        pstats.Stats(profiler, stream=stream).sort_stats("tottime").print_stats(30)
+        text = stream.getvalue()
+    return OverheadReport(requests, seconds, text)
+
+
+def _write_requests(path: Path, count: int) -> None:
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            prompt = [rng.randrange(256) for _ in range(PROMPT_TOKENS)]
+            file.write(json.dumps({"prompt_tokens": prompt, "max_new_tokens": OUTPUT_TOKENS, "temperature": 0}) + "\n")
+
+
+def _build(folder: Path, batch: int) -> Pipeline:
+    from .. import operators  # noqa: F401 - registers the built-in stages
+    from ..graph import build_pipeline
+
+    stages = ["jsonl_source", "tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize"]
+    stages += ["metrics", "jsonl_sink"]
+    settings: dict[str, Any] = {stage: {} for stage in stages}
+    settings["jsonl_source"] = {"path": "in.jsonl", "on_error": "fail"}
+    settings["jsonl_sink"] = {"path": "out.jsonl", "fsync": "never"}
+    for stage in ("tokenize", "schedule", "prefill", "decode"):
+        settings[stage] = {"on_error": "fail"}
+    settings["schedule"]["max_waiting"] = 2 * batch
+    scheduler = {"max_batch_size": batch, "max_prefill_batch": batch, "max_decode_batch": batch}
+    scheduler |= {"max_step_tokens": batch * PROMPT_TOKENS}
+    pool = {"max_tokens": batch * (PROMPT_TOKENS + OUTPUT_TOKENS) * 4}
+    data = {
+        "name": "overhead",
+        "engine": {"model": {"model_id": "builtin:null"}, "scheduler": scheduler, "kv_cache": pool},
+        "operators": settings,
+        "edges": [" -> ".join(stages)],
+    }
+    return build_pipeline(data, base_dir=folder)
+
+
+async def _run(pipeline: Pipeline, profiler: cProfile.Profile | None) -> float:
+    from ..runtime.assembly import assemble
+    from ..runtime.services import EngineServices
+
+    services = EngineServices(pipeline.engine)
+    flow = assemble(pipeline, services)
+    async with services.running():
+        if profiler is not None:
+            profiler.enable()
+        start = time.perf_counter()
+        await flow.run()
+        seconds = time.perf_counter() - start
+        if profiler is not None:
+            profiler.disable()
+    return seconds

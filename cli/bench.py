@@ -1,0 +1,53 @@
+"""`sagellm bench`: what is measured prints a table; nothing here judges."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure this engine: against its own floor, or against a peer in the same run."""
+
+
+@command.command("overhead")
+@click.option("--requests", default=20_000, show_default=True, type=click.IntRange(1), help="How many requests.")
+@click.option("--batch", default=512, show_default=True, type=click.IntRange(1), help="Sequences that run at once.")
+@click.option("--profile", is_flag=True, help="Also print where the time went (the profiler itself slows the run).")
+def overhead(requests: int, batch: int, profile: bool) -> None:
+    """The engine's own cost: the whole pipeline, file to file, on a null model (64 tokens in, 32 out)."""
+    from ..benchmarks.measurement import format_table
+    from ..benchmarks.overhead import measure_overhead
+
+    report = measure_overhead(requests, batch, profile)
+    row = [f"{report.requests}", f"{report.seconds:.2f}", f"{report.requests_per_second:.0f}"]
+    row += [f"{report.tokens_per_second:.0f}", f"{report.seconds / report.requests * 1e6:.0f}"]
+    if report.profile:
+        click.echo(report.profile)
+    click.echo(format_table(["requests", "seconds", "requests/s", "tokens/s", "us/request"], [row]))
+
+
+@command.command("compare")
+@click.option("--peer", default="transformers", show_default=True, help="The engine to compare with.")
+@click.option("--workload", "workloads", multiple=True, help="One of the workloads; repeatable. Default: all.")
+@click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"]))
+@click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="CPU threads for each engine.")
+@click.option("--runs", default=1, show_default=True, type=click.IntRange(1), help="Runs of each; the best counts.")
+def compare_command(peer: str, workloads: tuple[str, ...], dtype: str, threads: int, runs: int) -> None:
+    """Ratios to a peer: same checkpoint, same requests, same machine, same run."""
+    from ..benchmarks.compare import compare, format_comparison
+    from ..benchmarks.workloads import WORKLOADS
+
+    unknown = [name for name in workloads if name not in WORKLOADS]
+    if unknown:
+        raise click.BadParameter(f"no workload {unknown[0]!r}; there is: {', '.join(WORKLOADS)}", param_hint="--workload")
+    results = compare(workloads or WORKLOADS, peer, dtype, threads, runs, lambda text: click.echo(text, err=True))
+    click.echo(format_comparison(results))
+
+
+@command.command("kernels")
+def kernels() -> None:
+    """Linear layers and attention of this device against its floor."""
+    from ..benchmarks.kernels import main
+
+    main()

@@ -1,0 +1,357 @@
+"""The library's front door: SageLLMEngine builds the standard pipeline and runs it on a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import anyio
+
+from .config import SageLLMConfig
+from .errors import EngineClosedError, RequestError
+from .records import Choice, Completion, DeadLetter, FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
+from .runtime.calls import CallDesk, FutureCaller
+from .runtime.flow.mailbox import Mailbox
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from types import TracebackType
+
+    from .runtime.flow.flow import Flow
+    from .runtime.services import EngineServices
+
+
+@dataclass(slots=True)
+class GenerateRequest:
+    """One call: exactly one of `prompt_tokens`, `prompt` and `messages`. `None` is the model's own default."""
+
+    request_id: str = ""
+    prompt_tokens: list[int] | None = None
+    max_new_tokens: int = 128
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    stop_sequences: list[str] | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    top_k: int | None = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    repetition_penalty: float | None = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    tenant: str = ""
+    cache_salt: str = ""
+    priority: int = 0
+
+    def to_record(self, stream: bool = False) -> Request:
+        """The record that flows.
+
+        Raises:
+            RequestError: none or more than one of `prompt_tokens`, `prompt`, `messages` is given.
+        """
+        if sum(x is not None for x in (self.prompt_tokens, self.prompt, self.messages)) != 1:
+            raise RequestError("give exactly one of prompt_tokens, prompt and messages")
+        sampling = SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            seed=self.seed,
+            stop=tuple(self.stop_sequences or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            n=self.n,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
+        return Request(
+            request_id=self.request_id or uuid.uuid4().hex,
+            prompt=self.prompt,
+            messages=self.messages,
+            prompt_tokens=self.prompt_tokens,
+            sampling=sampling,
+            stream=stream,
+            tenant=self.tenant,
+            cache_salt=self.cache_salt,
+            priority=self.priority,
+            interactive=True,
+        )
+
+
+@dataclass(slots=True)
+class GenerateMetrics:
+    """Measured on this request. `throughput_tps` is its output tokens (of all choices) over its time in the engine."""
+
+    throughput_tps: float = 0.0
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0
+    queue_ms: float = 0.0
+    e2e_ms: float = 0.0
+    prefix_hit_tokens: int = 0
+
+
+@dataclass(slots=True)
+class GenerateOutput:
+    """The first choice's tokens, text and finish reason; `choices` has all of them. `error` is set when it failed."""
+
+    request_id: str
+    output_tokens: list[int]
+    finish_reason: str
+    metrics: GenerateMetrics = field(default_factory=GenerateMetrics)
+    text: str = ""
+    choices: list[Choice] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
+
+
+class _StreamCaller:
+    """Passes deltas and the end to one mailbox, read in the caller's own event loop."""
+
+    def __init__(self) -> None:
+        self.mailbox: Mailbox[TokenDelta | Completion | DeadLetter] = Mailbox()
+
+    def receive_delta(self, delta: TokenDelta) -> None:
+        self.mailbox.put([delta])
+
+    def receive_end(self, record: Completion | DeadLetter) -> None:
+        self.mailbox.put([record])
+
+
+class SageLLMEngine:
+    """Generates with one model. Thread-safe: calls that run at the same time are batched together.
+
+        with SageLLMEngine(SageLLMConfig()) as engine:
+            print(engine.generate(GenerateRequest(prompt="...", max_new_tokens=20)).text)
+    """
+
+    def __init__(self, config: SageLLMConfig | None = None) -> None:
+        self.config = config or SageLLMConfig()
+        self._thread: threading.Thread | None = None
+        self._services: EngineServices | None = None
+        self._flow: Flow | None = None
+        self._calls: CallDesk | None = None
+        self._started: Future[None] = Future()
+        self._lock = threading.Lock()
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Load the model and start the pipeline; does nothing when it runs already.
+
+        Raises:
+            ModelError: the model cannot be found, read or built.
+            ConfigError: the device or the KV pool cannot be had.
+        """
+        with self._lock:
+            if self._thread is not None:
+                return
+            self._started = Future()
+            self._thread = threading.Thread(target=self._run, name="sagellm-engine", daemon=True)
+            self._thread.start()
+        try:
+            self._started.result()
+        except BaseException:
+            self._thread.join()
+            self._thread = None
+            raise
+
+    def _run(self) -> None:
+        try:
+            anyio.run(self._serve)
+        except BaseException as error:
+            if not self._started.done():
+                self._started.set_exception(error)
+            if self._calls is not None:
+                self._calls.fail_all(f"the engine failed: {_first_cause(error)}")
+        else:
+            if self._calls is not None:
+                self._calls.fail_all("the engine was shut down")
+
+    async def _serve(self) -> None:
+        from . import operators  # noqa: F401 - registers the built-in stages
+        from .graph import build_pipeline
+        from .runtime.assembly import assemble
+        from .runtime.services import EngineServices
+
+        pipeline = build_pipeline(standard_pipeline(self.config), base_dir=Path.cwd())
+        services = EngineServices(pipeline.engine)
+        calls = services.calls
+        await anyio.to_thread.run_sync(lambda: services.worker)
+        flow = assemble(pipeline, services)
+        flow.ledger.on_settled(lambda settled: self._settle(calls, settled))
+        self._services, self._flow, self._calls = services, flow, calls
+        async with services.running():
+            self._started.set_result(None)
+            await flow.run()
+
+    def _settle(self, calls: CallDesk, settled: list[Any]) -> None:
+        for request, outcome in settled:
+            calls.deliver_end(request, DeadLetter(f"the request ended with {outcome}", request=request))
+
+    def shutdown(self) -> None:
+        """Finish what is in flight, then stop; later calls raise EngineClosedError. May be called twice."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if self._calls is not None:
+            self._calls.close("the engine was shut down")
+        thread.join()
+        self._services = self._flow = self._calls = None
+
+    def __enter__(self) -> SageLLMEngine:
+        self.initialize()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, request: GenerateRequest) -> GenerateOutput: ...
+    @overload
+    def generate(self, request: Sequence[GenerateRequest]) -> list[GenerateOutput]: ...
+    def generate(self, request: GenerateRequest | Sequence[GenerateRequest]) -> GenerateOutput | list[GenerateOutput]:
+        """Generate for one request, or for a list: then one output each, in order, failed ones with `error` set.
+
+        Raises:
+            RequestError: a single request is bad or failed; for a list only if one is malformed before it is sent.
+            EngineClosedError: the engine is not initialized, or was shut down.
+        """
+        if isinstance(request, GenerateRequest):
+            return _to_output(self._submit([request])[0].result(), strict=True)
+        return [_to_output(future.result(), strict=False) for future in self._submit(request)]
+
+    def _submit(self, requests: Sequence[GenerateRequest]) -> list[Future[Completion | DeadLetter]]:
+        callers = [FutureCaller() for _ in requests]
+        records = [request.to_record() for request in requests]
+        self._desk().submit(list(zip(records, callers, strict=True)))
+        return [caller.future for caller in callers]
+
+    def _desk(self) -> CallDesk:
+        if self._calls is None:
+            raise EngineClosedError("the engine is not running: call initialize() first, or use it as a context manager")
+        return self._calls
+
+    async def generate_async(self, request: GenerateRequest) -> GenerateOutput:
+        """Generate for one request without blocking the event loop; cancelling the task cancels the request.
+
+        Raises:
+            RequestError: the request is bad or failed.
+            EngineClosedError: the engine is not running.
+        """
+        async for record in self._follow(request.to_record()):
+            if not isinstance(record, TokenDelta):
+                return _to_output(record, strict=True)
+        raise EngineClosedError("the engine was shut down")
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[int]:
+        """Yield the first choice's token ids as they are chosen; leaving the loop early cancels the request.
+
+        Raises:
+            RequestError: the request is bad or failed.
+            EngineClosedError: the engine is not running.
+        """
+        async for record in self._follow(request.to_record(stream=True)):
+            if isinstance(record, TokenDelta):
+                if record.choice == 0:
+                    for token in record.tokens:
+                        yield token
+            else:
+                _to_output(record, strict=True)
+                return
+
+    async def _follow(self, request: Request) -> AsyncIterator[TokenDelta | Completion | DeadLetter]:
+        desk = self._desk()
+        caller = _StreamCaller()
+        desk.submit([(request, caller)])
+        ended = False
+        try:
+            async for records in caller.mailbox:
+                for record in records:
+                    ended = not isinstance(record, TokenDelta)
+                    yield record
+                    if ended:
+                        return
+        finally:
+            if not ended and self._services is not None:
+                self._services.cancel([request])
+            caller.mailbox.close()
+
+    # -- looking in --------------------------------------------------------------------------------------------------
+
+    def get_stats(self) -> dict[str, Any]:
+        """`initialized`, `backend`, `kv_pool`, `kv_cache` (`cache_hits`, ...), `worker` and `requests` counters."""
+        services, flow = self._services, self._flow
+        stats: dict[str, Any] = {"initialized": services is not None, "backend": None, "kv_pool": {}, "kv_cache": {}}
+        if services is not None and flow is not None:
+            stats |= services.get_stats()
+            stats["backend"] = services.backend_name
+            stats["requests"] = flow.ledger.counters()
+        return stats
+
+
+def standard_pipeline(config: SageLLMConfig) -> dict[str, Any]:
+    """The pipeline that the engine runs, in the form of a YAML file."""
+    stages = ["call_source", "tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize"]
+    stages += ["metrics"] * config.benchmark.enable_metrics + ["call_sink"]
+    failing = ("tokenize", "schedule", "prefill", "decode")
+    return {
+        "name": "engine",
+        "engine": config.to_dict(),
+        "operators": {stage: {} for stage in stages},
+        "edges": [" -> ".join(stages), *(f"{stage}.error -> call_sink" for stage in failing)],
+    }
+
+
+def _to_output(record: Completion | DeadLetter, strict: bool) -> GenerateOutput:
+    if isinstance(record, DeadLetter):
+        if strict:
+            raise RequestError(record.error)
+        return GenerateOutput(record.request_id or "", [], FinishReason.ERROR.value, error=record.error)
+    first, measured = record.choices[0], record.metrics
+    reason = first.finish_reason or FinishReason.ERROR
+    seconds = measured.e2e_ms / 1000
+    metrics = GenerateMetrics(
+        throughput_tps=record.output_length / seconds if seconds else 0.0,
+        ttft_ms=measured.ttft_ms,
+        tpot_ms=measured.tpot_ms,
+        queue_ms=measured.queue_ms,
+        e2e_ms=measured.e2e_ms,
+        prefix_hit_tokens=measured.prefix_hit_tokens,
+    )
+    return GenerateOutput(
+        record.request_id,
+        first.output_tokens,
+        reason.value,
+        metrics,
+        first.text,
+        record.choices,
+        record.prompt_logprobs,
+    )
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,142 @@
+"""Law 1: greedy output is the same however it was computed, and equals transformers' on the same checkpoint."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sageLLM.backends import detect_backend
+from sageLLM.config import BackendConfig, ModelConfig
+from sageLLM.models.resolve import resolve_model
+from sageLLM.models.weights import load_model
+from sageLLM.runtime.worker.torch_executor import TorchExecutor
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint_folder):
+    return checkpoint_folder("qwen3")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    backend = detect_backend(BackendConfig(backend_type="cpu", threads=1))
+    return load_model(resolve_model(ModelConfig(model_id=str(folder))), backend), backend
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    """transformers' greedy output; each prompt is computed once."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    known = {}
+
+    def greedy(prompt, count):
+        key = tuple(prompt)
+        if len(known.get(key, ())) < count:
+            ids = torch.tensor([prompt])
+            made = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, do_sample=False,
+                pad_token_id=0,
+            )  # fmt: skip
+            known[key] = made[0, len(prompt) :].tolist()
+        return known[key][:count]
+
+    return greedy
+
+
+def make_bench(bench, loaded, blocks=64, block_size=4, **options):
+    model, backend = loaded
+    slots = options.get("max_batch_size", 8)
+    executor = TorchExecutor(model, backend, blocks, block_size, slots)
+    return bench(blocks=blocks, block_size=block_size, executor=executor, **options), executor
+
+
+# Few prompts that share prefixes, so that mixes hit the cache and transformers computes each only once.
+_RNG = random.Random(7)
+_BASE = [_RNG.randrange(4, 300) for _ in range(30)]
+PROMPTS = [_BASE[:n] + [_RNG.randrange(4, 300) for _ in range(m)] for n, m in
+           ((0, 1), (0, 9), (5, 3), (13, 1), (16, 4), (17, 6), (30, 0), (30, 12))]  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_greedy_tokens_do_not_depend_on_how_they_were_computed(bench, loaded, oracle, data):
+    b, executor = make_bench(
+        bench,
+        loaded,
+        blocks=data.draw(st.sampled_from([20, 28, 64]), label="blocks"),  # 20 forces preemption
+        block_size=data.draw(st.sampled_from([4, 16]), label="block_size"),
+        commit=data.draw(st.booleans(), label="prefix cache"),
+        max_batch_size=data.draw(st.integers(2, 8), label="slots"),
+        max_prefill_batch=data.draw(st.integers(1, 4), label="prefill batch"),
+        max_decode_batch=data.draw(st.integers(1, 8), label="decode batch"),
+        max_step_tokens=data.draw(st.sampled_from([3, 8, 64]), label="step tokens"),
+        launch_ahead=data.draw(st.booleans(), label="launch ahead"),
+    )
+    picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
+    n = data.draw(st.sampled_from([1, 1, 2]), label="n")
+    sequences = [b.sequence(prompt, max_new_tokens=count, n=n) for prompt, count in picks]
+    b.offer(*sequences)
+    b.run()
+    executor.close()
+    for sequence, (prompt, count) in zip(sequences, picks, strict=True):
+        assert sequence.error is None
+        assert [c.output_tokens for c in sequence.choices] == [oracle(prompt, count)] * n
+    b.check_nothing_leaks()
+
+
+def test_a_pool_too_small_for_all_preempts_and_tells_the_same(bench, loaded, oracle):
+    b, executor = make_bench(bench, loaded, blocks=20)
+    sequences = [b.sequence(prompt, max_new_tokens=24) for prompt in PROMPTS[4:]]
+    b.offer(*sequences)
+    b.run()
+    executor.close()
+    assert b.worker.preemptions > 0
+    for sequence in sequences:
+        assert sequence.choices[0].output_tokens == oracle(sequence.prompt_tokens.tolist(), 24)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(bench, loaded):
+    def run(*others):
+        b, executor = make_bench(bench, loaded)
+        mine = b.sequence(PROMPTS[3], max_new_tokens=16, temperature=1.0, seed=11, n=2)
+        b.offer(*(b.sequence(p, max_new_tokens=9, temperature=0.7, seed=i) for i, p in enumerate(others)), mine)
+        b.run()
+        executor.close()
+        return [c.output_tokens for c in mine.choices]
+
+    alone = run()
+    assert alone[0] != alone[1]
+    assert run(*PROMPTS[:5]) == alone
+
+
+def test_logprobs_are_the_models_own(bench, loaded, folder):
+    from transformers import AutoModelForCausalLM
+
+    b, executor = make_bench(bench, loaded, max_step_tokens=4)
+    sequence = b.sequence(PROMPTS[5], max_new_tokens=6, logprobs=3, prompt_logprobs=2)
+    b.offer(sequence)
+    b.run()
+    executor.close()
+    choice = sequence.choices[0]
+    tokens = torch.tensor([[*PROMPTS[5], *choice.output_tokens]])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(tokens).logits[0].log_softmax(-1)
+    length = len(PROMPTS[5])
+    for k, told in enumerate(choice.logprobs):
+        row = expected[length + k - 1]
+        assert told.token == choice.output_tokens[k]
+        assert told.logprob == pytest.approx(row[told.token].item(), abs=1e-4)
+        assert [t for t, _ in told.top] == row.topk(3).indices.tolist()
+    assert sequence.prompt_logprobs[0] is None
+    assert len(sequence.prompt_logprobs) == length
+    for position, told in enumerate(sequence.prompt_logprobs[1:], start=1):
+        assert told.token == PROMPTS[5][position]
+        assert told.logprob == pytest.approx(expected[position - 1, told.token].item(), abs=1e-4)
+        assert len(told.top) == 2
