@@ -1,4 +1,4 @@
-"""What a decoder is, read from config.json: dimensions, positional encoding, which biases and norms it has. No torch."""
+"""What a decoder is, read from config.json: dimensions, position encoding, biases and norms. No torch."""
 
 from __future__ import annotations
 
@@ -161,11 +161,13 @@ def _positive(data: dict[str, Any], key: str, where: str, default: int | None = 
 def _parse_rope(data: dict[str, Any], max_seq_len: int, where: str) -> RopeConfig:
     scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
     theta = float(scaling.get("rope_theta") or data.get("rope_theta") or 10_000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind: Any = scaling.get("rope_type") or scaling.get("type") or "default"
     if scaling.get("partial_rotary_factor", data.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise NotAvailableError(f"{where}: partial_rotary_factor is not available yet; use a model that rotates whole heads")
+        raise NotAvailableError(f"{where}: partial_rotary_factor is not available yet; use a model without it")
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise NotAvailableError(f"{where}: rope type {kind!r} is not available yet; use default, linear, llama3 or yarn")
+        raise NotAvailableError(
+            f"{where}: rope type {kind!r} is not available yet; use default, linear, llama3 or yarn"
+        )
     if kind == "default":
         return RopeConfig(theta=theta)
     original = int(

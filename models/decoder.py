@@ -86,6 +86,7 @@ class DecoderModel:
             config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps
         )  # fmt: skip
         q_width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
+        widths = [q_width, kv_width, kv_width]
         scale = head_dim**-0.5
         tokens = input_ids.shape[0]
         last = self.num_layers - 1
@@ -98,7 +99,7 @@ class DecoderModel:
         hidden = self._embedding[input_ids.to(device, non_blocking=True)]
         x = backend.rms_norm(hidden, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
-            q, k, v = layer.qkv(x).split((q_width, kv_width, kv_width), dim=-1)
+            q, k, v = torch.split(layer.qkv(x), widths, dim=-1)
             q = q.view(tokens, num_heads, head_dim)
             k = k.view(tokens, num_kv_heads, head_dim)
             v = v.view(tokens, num_kv_heads, head_dim)

@@ -61,7 +61,7 @@ class ResolvedModel:
 
 
 def resolve_model(config: ModelConfig) -> ResolvedModel:
-    """Find the model: `builtin:...`, a folder, the hub's cache, a download; else random weights of the given dimensions.
+    """Find the model: `builtin:...`, a folder, the hub's cache, a download; else random weights of given dimensions.
 
     Raises:
         ModelNotFoundError: the id is none of these and the dimensions are not all given.

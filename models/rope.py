@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def build_rope_table(
     rope: RopeConfig, head_dim: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cos and sin for every position: two tensors [max_seq_len, head_dim / 2], computed in float32, stored in `dtype`."""
+    """Cos and sin of every position, each [max_seq_len, head_dim / 2], computed in float32, stored in `dtype`."""
     inv_freq, scale = _inverse_frequencies(rope, head_dim)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), inv_freq)
     cos = (angles.cos() * scale).to(device=device, dtype=dtype)
@@ -53,7 +53,7 @@ def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
-    """YaRN (Peng et al. 2023, section 3.2): a ramp over the dimensions between interpolated and original frequencies."""
+    """YaRN (Peng et al. 2023, section 3.2): a ramp from the original to the interpolated frequencies."""
 
     def dimension(rotations: float) -> float:
         turns = rope.original_max_position / (rotations * 2 * math.pi)

@@ -1,4 +1,4 @@
-"""Weights into a decoder: memory-mapped safetensors or seeded random ones, one tensor at a time into its packed place."""
+"""Weights into a decoder: memory-mapped safetensors or seeded random ones, one tensor at a time into its place."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 class TensorSource(Protocol):
-    """Where tensors come from. A context manager; tensors may be views of files that stay mapped as long as they live."""
+    """Where tensors come from. A context manager; a tensor may be a view of a file, mapped as long as it lives."""
 
     def get(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU, in the dtype it is stored in."""
@@ -173,13 +173,14 @@ class RandomSource:
         if name.endswith("norm.weight"):
             return torch.ones(shape)
         tensor = torch.empty(shape)
-        base = zlib.crc32(name.encode()) + (self._seed << 32)
 
+        @torch.inference_mode()  # a mode of the thread, not of the caller
         def fill(chunk: Tensor, index: int) -> None:
-            generator = torch.Generator().manual_seed((base + index * 0x9E3779B97F4A7C15) % 2**63)
+            # The CPU generator uses 32 bits of its seed: hash everything into them.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name} {index}".encode()))
             chunk.normal_(0.0, _DUMMY_STD, generator=generator)
 
-        chunks = tensor.view(-1).split(_DUMMY_CHUNK)
+        chunks = torch.split(tensor.view(-1), _DUMMY_CHUNK)
         list(self._pool.map(fill, chunks, range(len(chunks))))
         return tensor
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -53,10 +56,11 @@ def _train_tokenizer(folder: Path) -> int:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
-        "eos_token": {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "special": True},
+        "eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False, "normalized": False,
+                      "single_word": False, "special": True},
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
-    }
+    }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return tokenizer.get_vocab_size()
 

@@ -10,6 +10,15 @@ import torch
 from sageLLM.backends.base import StepLayout
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small matrices: a second thread only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class PagedRunner:
     """Sequences of one model in one pool. Block ids are handed out in random order, so position never equals slot."""
 
@@ -75,13 +84,13 @@ def paged_runner():
 
 @pytest.fixture
 def load():
-    """A function (folder, **ModelConfig fields) -> DecoderModel on the CPU backend."""
+    """A function (folder, backend=CPUBackend(), **ModelConfig fields) -> DecoderModel."""
     from sageLLM.backends.cpu import CPUBackend
     from sageLLM.config import ModelConfig
     from sageLLM.models.resolve import resolve_model
     from sageLLM.models.weights import load_model
 
-    def load_folder(folder, **fields):
-        return load_model(resolve_model(ModelConfig(model_id=str(folder), **fields)), CPUBackend())
+    def load_folder(folder, backend=None, **fields):
+        return load_model(resolve_model(ModelConfig(model_id=str(folder), **fields)), backend or CPUBackend())
 
     return load_folder
