@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .tokenizer import NullTokenizer, Tokenizer
+    from .tokenizer import TextTokenizer
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -39,7 +39,7 @@ class IncrementalDecoder:
 
     __slots__ = ("finish", "push")
 
-    def __init__(self, tokenizer: Tokenizer | NullTokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool = True) -> None:
         state = tokenizer.new_text_state(skip_special_tokens)
         self.push: Callable[[Sequence[int]], str] = state.push
         self.finish: Callable[[], str] = state.finish

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .resolve import ResolvedModel
 
-__all__ = ["IncrementalDecoder", "NullTokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["IncrementalDecoder", "NullTokenizer", "TextTokenizer", "Tokenizer", "load_tokenizer"]
 
 log = logging.getLogger("sageLLM")
 
@@ -137,6 +137,10 @@ class Tokenizer:
             return ByteFallbackState(piece_of, *strip)
         return WindowState(lambda ids: self.decode(ids, skip_special_tokens))
 
+    def stream(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
+        """A decoder for one output that grows."""
+        return IncrementalDecoder(self, skip_special_tokens)
+
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:
         return None if self._chat_source is None else ChatTemplate(self._chat_source, self._special_tokens)
@@ -224,8 +228,15 @@ class NullTokenizer:
         """See `Tokenizer.new_text_state`."""
         return ByteLevelState(lambda token: bytes((token,)) if token < 256 else b"")
 
+    def stream(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
+        """See `Tokenizer.stream`."""
+        return IncrementalDecoder(self, skip_special_tokens)
 
-def load_tokenizer(resolved: ResolvedModel) -> Tokenizer | NullTokenizer:
+
+TextTokenizer = Tokenizer | NullTokenizer
+
+
+def load_tokenizer(resolved: ResolvedModel) -> TextTokenizer:
     """The tokenizer of a resolved model; the byte tokenizer, with a warning, where a random-weight model has none.
 
     Raises:

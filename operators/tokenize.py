@@ -1,0 +1,136 @@
+"""tokenize: what a user sent becomes token ids and complete sampling parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import anyio
+import numpy as np
+
+from ..errors import RequestError
+from ..records import DeadLetter, Request, SamplingParams, Sequence
+from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
+from ..runtime.worker.sampling_checks import check_sampling
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_CHARACTERS_WORTH_A_THREAD = 20_000  # about 2 ms of encoding
+
+
+@operator("tokenize")
+class Tokenize(Operator[OperatorConfig]):
+    """Turns a request's text, chat messages or token ids into a sequence of token ids.
+
+    Text gets the tokenizer's special tokens; messages go through the checkpoint's chat template, which writes its
+    own; ids are taken as they are. Sampling parameters that the request leaves open come from the model's
+    generation_config.json, and `max_new_tokens` is cut to what the model's context leaves after the prompt.
+
+    Guarantee: each request leaves exactly once, in order: on `out`, or on `error` if it is empty, not valid text,
+    does not fit the chat template, names ids outside the vocabulary, asks for sampling that is impossible, or is too
+    long for the model to add a token.
+    """
+
+    inputs = (Port("in", frozenset({RecordKind.REQUEST})),)
+    outputs = (Port("out", frozenset({RecordKind.SEQUENCE})), ERROR_PORT)
+    provides = frozenset({"tokenized"})
+    guarantee = "each request leaves exactly once, in order, on `out` or `error`"
+    example = "tokenize: {}"
+
+    async def open(self) -> None:
+        engine = self.context.engine
+        self._tokenizer = engine.tokenizer
+        self._model = engine.model
+        self._last_sampling: tuple[SamplingParams, SamplingParams] | None = None
+
+    async def process(self, records: list[Request], out: Outlet) -> None:
+        encoded = await self._encode(records)
+        sequences: list[Sequence] = []
+        letters: list[DeadLetter] = []
+        for request, ids in zip(records, encoded, strict=True):
+            try:
+                sequences.append(self._build(request, ids))
+            except RequestError as error:
+                letters.append(DeadLetter(str(error), src=request.src, request=request))
+        if sequences:
+            await out.send(sequences)
+        if letters:
+            await out.reject(letters)
+
+    async def _encode(self, records: list[Request]) -> list[list[int] | RequestError]:
+        """The ids of each request, or why there are none. Texts go to the tokenizer in one batch."""
+        results: list[list[int] | RequestError] = [[]] * len(records)
+        plain: list[tuple[int, str]] = []
+        chats: list[tuple[int, str]] = []
+        for index, request in enumerate(records):
+            if request.prompt_tokens is not None:
+                results[index] = request.prompt_tokens
+            elif request.messages is not None:
+                try:
+                    chats.append((index, self._tokenizer.render_chat(request.messages)))
+                except RequestError as error:
+                    results[index] = error
+            else:
+                plain.append((index, request.prompt or ""))
+        for texts, add_special_tokens in ((plain, True), (chats, False)):
+            if sum(len(text) for _, text in texts) > _CHARACTERS_WORTH_A_THREAD:
+                encoded = await anyio.to_thread.run_sync(self._encode_texts, texts, add_special_tokens)
+            else:
+                encoded = self._encode_texts(texts, add_special_tokens)
+            for (index, _), ids in zip(texts, encoded, strict=True):
+                results[index] = ids
+        return results
+
+    def _encode_texts(self, texts: list[tuple[int, str]], add_special_tokens: bool) -> list[list[int] | RequestError]:
+        if not texts:
+            return []
+        try:
+            return [*self._tokenizer.encode_batch([text for _, text in texts], add_special_tokens)]
+        except RequestError as error:  # one bad text fails its batch: find it
+            if len(texts) == 1:
+                return [error]
+            return [self._encode_texts([text], add_special_tokens)[0] for text in texts]
+
+    def _build(self, request: Request, ids: list[int] | RequestError) -> Sequence:
+        if isinstance(ids, RequestError):
+            raise ids
+        prompt = self._check_ids(ids)
+        room = self._model.max_seq_len - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and the model's context {self._model.max_seq_len}: "
+                f"send at most {self._model.max_seq_len - 1}"
+            )
+        sampling = self._complete(request.sampling)
+        if sampling.max_new_tokens > room:
+            sampling = replace(sampling, max_new_tokens=room, min_tokens=min(sampling.min_tokens, room))
+        eos_token_ids = () if sampling.ignore_eos else self._model.generation.eos_token_ids
+        return Sequence(request, prompt, sampling, eos_token_ids)
+
+    def _check_ids(self, ids: list[int]) -> NDArray[np.int32]:
+        if len(ids) == 0:
+            raise RequestError("the prompt is empty: send at least one token")
+        try:
+            array = np.asarray(ids)
+        except (ValueError, OverflowError) as error:
+            raise RequestError(f"prompt_tokens is not a flat list of integers: {error}") from error
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise RequestError("prompt_tokens is not a flat list of integers: send token ids, as [1, 2, 3]")
+        vocab_size = self._model.vocab_size
+        if int(array.astype(np.int64).view(np.uint64).max()) >= vocab_size:  # a negative id is a huge unsigned one
+            wrong = next(token for token in array.tolist() if not 0 <= token < vocab_size)
+            raise RequestError(f"token id {wrong} is not in the vocabulary: send ids from 0 to {vocab_size - 1}")
+        return array.astype(np.int32)
+
+    def _complete(self, sampling: SamplingParams) -> SamplingParams:
+        """Check the parameters and fill in the model's defaults; requests often ask for the same."""
+        if self._last_sampling is not None and self._last_sampling[0] == sampling:
+            return self._last_sampling[1]
+        check_sampling(sampling, self._model.vocab_size)
+        defaults = self._model.generation
+        complete = sampling.with_defaults(
+            defaults.temperature, defaults.top_k, defaults.top_p, defaults.repetition_penalty
+        )
+        self._last_sampling = (sampling, complete)
+        return complete
