@@ -1,11 +1,13 @@
 """Every way in which a pipeline can be wrong, each with its position and the advice."""
 
+# ruff: noqa: E501  (one case a line)
+
 from __future__ import annotations
 
 import random
 import re
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import networkx
 import pytest
@@ -14,6 +16,9 @@ from hypothesis import strategies as st
 
 from sageLLM.errors import PipelineError
 from sageLLM.graph import build_pipeline, load_pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -205,7 +210,7 @@ def test_cycles_are_found_exactly_where_networkx_finds_some(size: int, seed: int
     for text in problems.error().problems:
         cycle = re.search(r"cycle (.*?);", text)[1].split(" -> ")  # type: ignore[index]
         assert cycle[0] == cycle[-1]
-        assert all(graph.has_edge(a, b) for a, b in zip(cycle, cycle[1:], strict=False))
+        assert all(graph.has_edge(a, b) for a, b in pairwise(cycle))
 
 
 def test_build_pipeline_reports_the_same_problems(fake_operators: None) -> None:
