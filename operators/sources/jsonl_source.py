@@ -94,9 +94,10 @@ edges:
         )
         finished = self._find_finished(fingerprint)
         splitter = LineSplitter(self.config.max_line_bytes)
-        while chunk := await anyio.to_thread.run_sync(os.pread, self._fd, _CHUNK_BYTES, self.read_bytes):
-            self.read_bytes += len(chunk)
+        while self.read_bytes < begun.st_size:
+            chunk = await anyio.to_thread.run_sync(os.pread, self._fd, _CHUNK_BYTES, self.read_bytes)
             self._check_unchanged(begun)
+            self.read_bytes += len(chunk)
             await self._send(splitter.feed(chunk), finished, fingerprint, out)
         await self._send(splitter.finish(), finished, fingerprint, out)
 

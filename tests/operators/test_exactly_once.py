@@ -1,0 +1,179 @@
+"""jsonl_source -> jsonl_sink is exactly-once: across kill -9, with results out of order, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import anyio
+import pytest
+
+from sageLLM.errors import SourceChangedError
+from sageLLM.operators.sinks.jsonl_sink import JsonlSink
+from sageLLM.operators.sources.jsonl_source import JsonlSource
+from sageLLM.records import Choice, Completion, FinishReason
+from sageLLM.runtime.flow.resume import ResumeIndex
+
+
+def complete(request):
+    tokens = [len(request.prompt)]
+    return Completion(request, [Choice(0, tokens, request.prompt.upper(), FinishReason.STOP)], 1)
+
+
+class Shuffler:
+    """Stands for the whole pipeline: completes requests, but out of order, up to `window` of them held back."""
+
+    def __init__(self, done, dead, seed=None, window=100):
+        self.done, self.dead, self.window = done, dead, window
+        self.random = None if seed is None else random.Random(seed)
+        self.held = []
+        self.computed = 0
+
+    async def send(self, records, port="out"):
+        self.held += map(complete, records)
+        self.computed += len(records)
+        if self.random is not None:
+            self.random.shuffle(self.held)
+        while len(self.held) > self.window:
+            some = len(self.held) if self.random is None else self.random.randint(1, 20)
+            batch, self.held = self.held[:some], self.held[some:]
+            await self.done.process(batch, None)
+
+    async def reject(self, letters):
+        await self.dead.process(letters, None)
+
+    async def finish(self):
+        await self.done.process(self.held, None)
+
+
+async def run_flow(make_context, seed=None):
+    """in.jsonl -> out.jsonl, dead letters to dead.jsonl; returns how many requests were computed."""
+    context = make_context(resume=ResumeIndex())
+    source = JsonlSource(JsonlSource.config_model(path="in.jsonl", batch_size=32), context)
+    done = JsonlSink(JsonlSink.config_model(path="out.jsonl", fsync="never"), context)
+    dead = JsonlSink(JsonlSink.config_model(path="dead.jsonl", fsync="never"), context)
+    stages = [done, dead, source]
+    try:
+        for stage in stages:
+            await stage.open()
+        out = Shuffler(done, dead, seed)
+        await source.run(None, out)
+        await out.finish()
+        return out.computed
+    finally:
+        for stage in stages:
+            await stage.close()
+
+
+def write_input(path, lines, bad_every=10):
+    with open(path, "w") as file:
+        for number in range(1, lines + 1):
+            file.write("nonsense\n" if number % bad_every == 0 else f'{{"prompt": "prompt {number}"}}\n')
+
+
+def numbers(path):
+    return [json.loads(line)["src"]["line"] for line in path.read_text().splitlines()]
+
+
+def test_a_second_run_computes_nothing(tmp_path, make_context):
+    write_input(tmp_path / "in.jsonl", 500)
+    assert anyio.run(run_flow, make_context) == 450
+    assert anyio.run(run_flow, make_context) == 0
+    assert sorted(numbers(tmp_path / "out.jsonl") + numbers(tmp_path / "dead.jsonl")) == list(range(1, 501))
+
+
+def test_deleting_a_line_computes_it_again(tmp_path, make_context):
+    write_input(tmp_path / "in.jsonl", 50)
+    anyio.run(run_flow, make_context)
+    output = tmp_path / "out.jsonl"
+    output.write_text("".join(output.read_text().splitlines(keepends=True)[1:]))
+    assert anyio.run(run_flow, make_context) == 1
+    assert sorted(numbers(output)) == [n for n in range(1, 51) if n % 10]
+
+
+def test_a_changed_input_is_refused_and_the_output_kept(tmp_path, make_context):
+    write_input(tmp_path / "in.jsonl", 50)
+    anyio.run(run_flow, make_context)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    write_input(tmp_path / "in.jsonl", 51)
+    with pytest.raises(SourceChangedError, match=r"since dead\.jsonl and out\.jsonl was begun from it"):
+        anyio.run(run_flow, make_context)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+PROLOGUE = """
+import importlib.util, os, resource, signal, sys
+import anyio
+spec = importlib.util.spec_from_file_location("flow", sys.argv[1])
+flow = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(flow)
+from pathlib import Path
+from sageLLM.runtime.flow.operator import OperatorContext
+
+def make_context(resume):
+    return OperatorContext("node", None, None, Path(sys.argv[2]), lambda reason: None, resume)
+"""
+
+KILLED = """
+budget, tear, real = int(sys.argv[3]), int(sys.argv[4]), os.write
+def write(fd, data):
+    global budget
+    budget -= len(data)
+    if budget < 0:  # die in the middle of this write, as a real kill may
+        real(fd, data[: tear % len(data)])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(fd, data)
+os.write = write
+anyio.run(flow.run_flow, make_context, int(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kill_9_at_random_points_loses_and_doubles_nothing(tmp_path, seed):
+    write_input(tmp_path / "in.jsonl", 3000)
+    chance = random.Random(seed)
+    kills = 0
+    for _ in range(4):
+        arguments = [__file__, tmp_path, chance.randint(1000, 150_000), chance.randint(0, 10**6)]
+        ended = subprocess.run([sys.executable, "-c", PROLOGUE + KILLED, *map(str, arguments)], check=False)
+        assert ended.returncode in (0, -signal.SIGKILL)
+        kills += ended.returncode != 0
+    ended = subprocess.run([sys.executable, "-c", PROLOGUE + KILLED, __file__, tmp_path, str(10**9), "0"], check=True)
+    assert kills >= 2
+    done, dead = numbers(tmp_path / "out.jsonl"), numbers(tmp_path / "dead.jsonl")
+    assert sorted(done) == [n for n in range(1, 3001) if n % 10]
+    assert sorted(dead) == list(range(10, 3001, 10))
+    assert done != sorted(done), "the test means nothing if results come in order"
+
+
+MEASURED = """
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def run(lines):
+    flow.write_input(Path(sys.argv[2]) / "in.jsonl", lines)
+    return anyio.run(flow.run_flow, make_context)
+
+run(2000)
+for name in ("out.jsonl", "dead.jsonl"):
+    (Path(sys.argv[2]) / name).unlink()
+base = peak_mb()
+computed = run(100_000)
+first = peak_mb()
+again = anyio.run(flow.run_flow, make_context)
+print(computed, first - base, again, peak_mb() - first)
+"""
+
+
+def test_100_000_lines_in_bounded_memory(tmp_path):
+    command = [sys.executable, "-c", PROLOGUE + MEASURED, __file__, str(tmp_path)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    computed, growth_mb, computed_again, growth_again_mb = map(float, answer)
+    assert (computed, computed_again) == (90_000, 0)
+    assert os.path.getsize(tmp_path / "out.jsonl") > 25 * 2**20
+    assert growth_mb < 8, "memory grew with the input"
+    assert growth_again_mb < 8, "the index of finished lines grew with the output"
