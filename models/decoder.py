@@ -25,8 +25,7 @@ class DecoderLayer:
 
     input_norm: Tensor  # [hidden]
     qkv: Linear  # hidden -> (H + 2K) * D
-    q_norm: Tensor | None  # [D]
-    k_norm: Tensor | None  # [D]
+    qk_norm: Tensor | None  # [H + K, D], for each head of q and k
     output: Linear  # H * D -> hidden
     mlp_norm: Tensor  # [hidden]
     gate_up: Linear  # hidden -> 2 * intermediate
@@ -85,8 +84,8 @@ class DecoderModel:
         num_heads, num_kv_heads, head_dim, eps = (
             config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps
         )  # fmt: skip
-        q_width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
-        widths = [q_width, kv_width, kv_width]
+        qk_heads = num_heads + num_kv_heads
+        widths = [qk_heads * head_dim, num_kv_heads * head_dim]
         scale = head_dim**-0.5
         tokens = input_ids.shape[0]
         last = self.num_layers - 1
@@ -99,15 +98,14 @@ class DecoderModel:
         hidden = self._embedding[input_ids.to(device, non_blocking=True)]
         x = backend.rms_norm(hidden, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
-            q, k, v = torch.split(layer.qkv(x), widths, dim=-1)
-            q = q.view(tokens, num_heads, head_dim)
-            k = k.view(tokens, num_kv_heads, head_dim)
-            v = v.view(tokens, num_kv_heads, head_dim)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q = backend.rms_norm(q, layer.q_norm, eps)
-                k = backend.rms_norm(k, layer.k_norm, eps)
-            q, k = backend.apply_rope(q, k, cos, sin)
-            attended = backend.attend(q, k, v, kv, index, plan, scale).reshape(tokens, q_width)
+            qk, v = torch.split(layer.qkv(x), widths, dim=-1)
+            qk = qk.view(tokens, qk_heads, head_dim)
+            if layer.qk_norm is not None:
+                qk = backend.rms_norm(qk, layer.qk_norm, eps)
+            qk = backend.apply_rope(qk, cos, sin)
+            q, k = qk[:, :num_heads], qk[:, num_heads:]
+            attended = backend.attend(q, k, v.view(tokens, num_kv_heads, head_dim), kv, index, plan, scale)
+            attended = attended.reshape(tokens, num_heads * head_dim)
             if index == last and logit_rows is not None:
                 attended, hidden = attended[logit_rows], hidden[logit_rows]
             x, hidden = backend.add_rms_norm(layer.output(attended), hidden, layer.mlp_norm, eps)

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 def build_rope_table(
     rope: RopeConfig, head_dim: int, max_seq_len: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cos and sin of every position, each [max_seq_len, head_dim / 2], computed in float32, stored in `dtype`."""
+    """What `Backend.apply_rope` takes, for every position: cos and sin [max_seq_len, 1, head_dim], computed in float32,
+    stored in `dtype`. Cos is repeated for both halves of a head, sin is negated in the first."""
     inv_freq, scale = _inverse_frequencies(rope, head_dim)
-    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), inv_freq)
-    cos = (angles.cos() * scale).to(device=device, dtype=dtype)
-    sin = (angles.sin() * scale).to(device=device, dtype=dtype)
-    return cos, sin
+    angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), inv_freq)[:, None]
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
 
 
 def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -189,6 +189,10 @@ def _assemble(config: DecoderConfig, backend: Backend, dtype: torch.dtype, sourc
     def vector(name: str) -> Tensor:
         return source.get(name).to(backend.device, dtype)
 
+    def head_norms(attention: str) -> Tensor:
+        q_norm, k_norm = vector(attention + "q_norm.weight"), vector(attention + "k_norm.weight")
+        return torch.cat((q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1)))
+
     def linear(*names: str, bias: bool) -> Linear:
         return backend.linear(
             _pack([name + ".weight" for name in names], source, dtype),
@@ -205,8 +209,7 @@ def _assemble(config: DecoderConfig, backend: Backend, dtype: torch.dtype, sourc
             DecoderLayer(
                 input_norm=input_norms[index],
                 qkv=linear(attention + "q_proj", attention + "k_proj", attention + "v_proj", bias=config.qkv_bias),
-                q_norm=vector(attention + "q_norm.weight") if config.qk_norm else None,
-                k_norm=vector(attention + "k_norm.weight") if config.qk_norm else None,
+                qk_norm=head_norms(attention) if config.qk_norm else None,
                 output=linear(attention + "o_proj", bias=config.output_bias),
                 mlp_norm=vector(f"model.layers.{index}.post_attention_layernorm.weight"),
                 gate_up=linear(mlp + "gate_proj", mlp + "up_proj", bias=config.mlp_bias),
