@@ -67,15 +67,18 @@ class Backend(Protocol):
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., D] / rms(x) * weight, accumulated in float32."""
+        """x [..., D] / rms(x) * weight, accumulated in float32. The weight is [D], or one for each head: [H, D]."""
         ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(rms_norm(residual + x), residual + x). Both inputs are given up: either may be written to."""
         ...
 
-    def apply_rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate q [T, H, D] and k [T, K, D] (half-split layout) by cos, sin [T, D/2]."""
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the pairs (i, i + D/2) of heads x [T, H, D]: x * cos + swap_halves(x) * sin.
+
+        cos, sin [T, 1, D]: cos repeated for both halves, sin negated in the first.
+        """
         ...
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:

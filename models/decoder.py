@@ -95,7 +95,7 @@ class DecoderModel:
         cos, sin = self._cos[positions], self._sin[positions]
         if logit_rows is not None:
             logit_rows = logit_rows.to(device, non_blocking=True)
-        hidden = self._embedding[input_ids.to(device, non_blocking=True)]
+        hidden = self._embedding[input_ids.to(device, non_blocking=True)].to(self.kv_dtype)
         x = backend.rms_norm(hidden, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
             qk, v = torch.split(layer.qkv(x), widths, dim=-1)

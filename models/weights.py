@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from ..config import DType
 from ..errors import CheckpointError
 from .decoder import DecoderLayer, DecoderModel
 from .resolve import list_weight_files, read_safetensors_header
@@ -45,9 +46,10 @@ def load_model(resolved: ResolvedModel, backend: Backend) -> DecoderModel:
     else:
         source = RandomSource(shapes, resolved.seed)
     checkpoint_dtype = getattr(torch, config.dtype or "float32")
+    stored = checkpoint_dtype if resolved.dtype is DType.AUTO else getattr(torch, resolved.dtype)
     dtype = backend.compute_dtype(resolved.dtype, checkpoint_dtype)
     with torch.inference_mode(), source:
-        return _assemble(config, backend, dtype, source)
+        return _assemble(config, backend, stored, dtype, source)
 
 
 def expected_tensors(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -185,9 +187,13 @@ class RandomSource:
         return tensor
 
 
-def _assemble(config: DecoderConfig, backend: Backend, dtype: torch.dtype, source: TensorSource) -> DecoderModel:
+def _assemble(
+    config: DecoderConfig, backend: Backend, stored: torch.dtype, dtype: torch.dtype, source: TensorSource
+) -> DecoderModel:
+    """`stored` is the precision that the weights' values are to have, `dtype` what the backend computes in."""
+
     def vector(name: str) -> Tensor:
-        return source.get(name).to(backend.device, dtype)
+        return source.get(name).to(stored).to(backend.device, dtype)
 
     def head_norms(attention: str) -> Tensor:
         q_norm, k_norm = vector(attention + "q_norm.weight"), vector(attention + "k_norm.weight")
@@ -195,8 +201,8 @@ def _assemble(config: DecoderConfig, backend: Backend, dtype: torch.dtype, sourc
 
     def linear(*names: str, bias: bool) -> Linear:
         return backend.linear(
-            _pack([name + ".weight" for name in names], source, dtype),
-            _pack([name + ".bias" for name in names], source, dtype) if bias else None,
+            _pack([name + ".weight" for name in names], source, stored),
+            _pack([name + ".bias" for name in names], source, stored) if bias else None,
             dtype,
         )
 
@@ -217,16 +223,18 @@ def _assemble(config: DecoderConfig, backend: Backend, dtype: torch.dtype, sourc
                 next_norm=input_norms[index + 1],
             )
         )
-    embedding = vector(_EMBEDDING)
-    lm_head = backend.linear(embedding if config.tie_word_embeddings else source.get(_LM_HEAD), None, dtype)
-    return DecoderModel(config, backend, dtype, embedding, layers, lm_head)
+    embedding = source.get(_EMBEDDING).to(stored)
+    head = embedding if config.tie_word_embeddings else source.get(_LM_HEAD).to(stored)
+    lm_head = backend.linear(head, None, dtype)
+    backend.synchronize()
+    return DecoderModel(config, backend, dtype, embedding.to(backend.device), layers, lm_head)
 
 
 def _pack(names: list[str], source: TensorSource, dtype: torch.dtype) -> Tensor:
     """Stack tensors along their first dimension, converting each on its way into the result."""
     first = source.get(names[0])
     if len(names) == 1:
-        return first
+        return first.to(dtype)
     rest = [source.get(name) for name in names[1:]]
     rows = sum(tensor.shape[0] for tensor in (first, *rest))
     packed = torch.empty((rows, *first.shape[1:]), dtype=dtype)
