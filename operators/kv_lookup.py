@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.scheduler.lease import PrefixHint, namespace_of
 
@@ -39,6 +37,8 @@ class KVLookup(Operator[OperatorConfig]):
             hit = self._look_up(kv, sequence, found)
             sequence.kv = PrefixHint(hit)
         if found:
+            import numpy as np
+
             kv.release(np.concatenate(found))
         await out.send(records)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
-import numpy as np
 
 from ..errors import RequestError
 from ..records import DeadLetter, Request, SamplingParams, Sequence
@@ -14,6 +13,7 @@ from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet
 from ..runtime.worker.sampling_checks import check_sampling
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 _CHARACTERS_WORTH_A_THREAD = 20_000  # about 2 ms of encoding
@@ -111,6 +111,8 @@ class Tokenize(Operator[OperatorConfig]):
     def _check_ids(self, ids: list[int]) -> NDArray[np.int32]:
         if len(ids) == 0:
             raise RequestError("the prompt is empty: send at least one token")
+        import numpy as np
+
         try:
             array = np.asarray(ids)
         except (ValueError, OverflowError) as error:

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from ...errors import RequestError
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ...kv_runtime.cache import KVCache
@@ -119,6 +118,8 @@ class LeaseBook:
         self, sequence: Sequence, prompt: NDArray[np.int32], reuse: bool
     ) -> tuple[NDArray[np.int32], int, BlockCopy | None, NDArray[np.int32]] | None:
         size = self.block_size
+        import numpy as np
+
         shared = np.empty(0, np.int32)
         hit = 0
         if reuse:
@@ -190,6 +191,8 @@ class LeaseBook:
         self.kv.release(lease.blocks)
         self.kv.release(lease.fork_blocks)
         if lease.copy is not None:
+            import numpy as np
+
             self.kv.release(np.array([lease.copy.source], np.int32))
         with self._lock:
             self._free.extend(lease.slots)
