@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+import sageLLM
 from sageLLM.cli.main import VERBS, cli
 from sageLLM.graph import registry
 
@@ -183,3 +184,21 @@ def test_verbs_that_declare_load_nothing_heavy(verb: str, folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_every_shipped_pipeline_is_valid() -> None:
+    files = sorted((Path(sageLLM.__file__).parent / "pipelines").glob("*.yaml"))
+    assert files
+    for file in files:
+        result = CliRunner().invoke(cli, ["validate", str(file)])
+        assert result.exit_code == 0, result.stderr
+
+
+def test_every_operator_shows_its_guarantee_and_an_example_that_is_yaml() -> None:
+    import sageLLM.operators  # noqa: F401
+
+    for name, spec in registry.all_specs().items():
+        result = CliRunner().invoke(cli, ["operators", name])
+        assert result.exit_code == 0
+        assert spec.guarantee and spec.summary, name
+        assert isinstance(yaml.safe_load(spec.example), dict), name
