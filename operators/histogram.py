@@ -3,51 +3,88 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _GAMMA = 1.02  # each logarithmic bin is 2 % wide, so its middle is within 1 % of every value in it
 _LOG_GAMMA = math.log(_GAMMA)
-_SMALLEST = 1e-9  # what is smaller counts as this: the number of bins is bounded
+_BINS_TO_ONE = math.ceil(math.log(1e9) / _LOG_GAMMA)  # from 1e-9 to 1; as many again from 1 to 1e9
+_PENDING = 4096  # values kept until they are counted all at once
 
 
 class Histogram:
-    """Values >= 0. Takes about 1,500 bins for values from a microsecond to a month, whatever their number."""
+    """Counts values >= 0; those outside 1e-9 to 1e9 count as the nearest of the two in quantiles."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.count = 0
-        self.sum = 0.0
-        self.maximum = 0.0
         self._bounds = bounds
-        self._buckets = [0] * (len(bounds) + 1)
-        self._bins: dict[int, int] = {}
+        self._pending: list[float] = []
+        self._sum = 0.0
+        self._maximum = 0.0
+        self._buckets: NDArray[np.int64] | None = None  # per bound, and one for the rest
+        self._bins: NDArray[np.int64] | None = None
+
+    def observe(self, value: float, times: int = 1) -> None:
+        if times == 1:
+            self._pending.append(value)
+        else:
+            self._pending += [value] * times
+        if len(self._pending) >= _PENDING:
+            self._fold()
+
+    @property
+    def count(self) -> int:
+        buckets, _ = self._fold()
+        return int(buckets.sum())
+
+    @property
+    def sum(self) -> float:
+        self._fold()
+        return self._sum
+
+    @property
+    def maximum(self) -> float:
+        self._fold()
+        return self._maximum
 
     @property
     def mean(self) -> float:
-        return self.sum / self.count if self.count else 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self.count += times
-        self.sum += value * times
-        self.maximum = max(self.maximum, value)
-        self._buckets[bisect_left(self._bounds, value)] += times
-        index = math.ceil(math.log(max(value, _SMALLEST)) / _LOG_GAMMA)
-        self._bins[index] = self._bins.get(index, 0) + times
+        return self.sum / max(self.count, 1)
 
     def quantile(self, q: float) -> float:
         """The value that a share `q` of the values does not exceed, within 1 %; 0 if there are none."""
-        rank = max(1, math.ceil(q * self.count))
-        seen = 0
-        for index in sorted(self._bins):
-            seen += self._bins[index]
-            if seen >= rank:
-                return min(2 * _GAMMA**index / (1 + _GAMMA), self.maximum)
-        return 0.0
+        _, bins = self._fold()
+        seen = bins.cumsum()
+        if not seen[-1]:
+            return 0.0
+        index = int(seen.searchsorted(max(1, math.ceil(q * int(seen[-1]))))) - _BINS_TO_ONE
+        return min(float(2 * _GAMMA**index / (1 + _GAMMA)), self._maximum)
 
     def expose(self, name: str) -> list[str]:
         """The samples of Prometheus' text format."""
-        lines = []
-        seen = 0
-        for bound, bucket in zip((*self._bounds, math.inf), self._buckets, strict=True):
-            seen += bucket
-            lines.append(f'{name}_bucket{{le="{"+Inf" if bound == math.inf else bound}"}} {seen}')
-        return [*lines, f"{name}_sum {self.sum}", f"{name}_count {self.count}"]
+        buckets, _ = self._fold()
+        lines = [
+            f'{name}_bucket{{le="{"+Inf" if bound == math.inf else bound}"}} {seen}'
+            for bound, seen in zip((*self._bounds, math.inf), buckets.cumsum().tolist(), strict=True)
+        ]
+        return [*lines, f"{name}_sum {self._sum}", f"{name}_count {self.count}"]
+
+    def _fold(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Count what is pending; return the buckets and the bins."""
+        import numpy as np
+
+        if self._buckets is None or self._bins is None:
+            self._buckets = np.zeros(len(self._bounds) + 1, np.int64)
+            self._bins = np.zeros(2 * _BINS_TO_ONE + 1, np.int64)
+        if self._pending:
+            values = np.array(self._pending)
+            self._pending.clear()
+            self._sum += float(values.sum())
+            self._maximum = max(self._maximum, float(values.max()))
+            places = np.searchsorted(self._bounds, values)
+            self._buckets += np.bincount(places, minlength=len(self._buckets))
+            indices = np.ceil(np.log(np.clip(values, 1e-9, 1e9)) / _LOG_GAMMA).astype(np.int64) + _BINS_TO_ONE
+            self._bins += np.bincount(indices, minlength=len(self._bins))
+        return self._buckets, self._bins

@@ -12,7 +12,7 @@ prefix cache is divided by `tenant`.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -174,7 +174,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     if (prompt is None) + (messages is None) + (tokens is None) != 2:
         given = [name for name in ("prompt", "messages", "prompt_tokens") if data.get(name) is not None]
         raise RequestError(f"found {' and '.join(given) or 'no prompt'}: write one of prompt, messages, prompt_tokens")
-    sampling = {name: data[name] for name in data if name in _SAMPLING and data[name] is not None}
+    sampling = {name: value for name, value in data.items() if name in _SAMPLING and value is not None}
     if "stop" in sampling:
         stop = sampling["stop"]
         sampling["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -183,7 +183,9 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     max_new_tokens = _one_of(data, "max_new_tokens", "max_tokens", "max_completion_tokens")
     if max_new_tokens is not None:
         sampling["max_new_tokens"] = max_new_tokens
-    params = SamplingParams(logprobs=logprobs, **sampling)
+    if logprobs is not None:
+        sampling["logprobs"] = logprobs
+    params = SamplingParams(**sampling) if "logit_bias" in sampling else _shared_params(tuple(sampling.items()))
     if params.min_tokens > params.max_new_tokens:
         raise RequestError(f"min_tokens {params.min_tokens} is more than max_new_tokens {params.max_new_tokens}")
     return Request(
@@ -200,8 +202,13 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     )
 
 
+@lru_cache(maxsize=256)  # most lines of a file sample alike, and equal parameters may be one object
+def _shared_params(sampling: tuple[tuple[str, Any], ...]) -> SamplingParams:
+    return SamplingParams(**dict(sampling))
+
+
 def _one_of(data: dict[str, Any], *names: str) -> Any:
-    given = [name for name in names if data.get(name) is not None]
+    given = [name for name in names if name in data and data[name] is not None]
     if len(given) > 1:
         raise RequestError(f"found {' and '.join(given)}: they mean the same, write one")
     return data[given[0]] if given else None
