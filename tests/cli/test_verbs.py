@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,9 +14,6 @@ from click.testing import CliRunner, Result
 import sageLLM
 from sageLLM.cli.main import VERBS, cli
 from sageLLM.graph import registry
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MODULE = '''\
 from sageLLM.runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
