@@ -24,7 +24,7 @@ def pipeline_schema(specs: dict[str, OperatorSpec]) -> dict[str, Any]:
         fields = definitions[f"operator.{name}"]
         fields["description"] = spec.summary
         fields["properties"] = {"type": {"const": name}, **fields.get("properties", {})}
-        cases.append({"if": {"properties": {"type": {"const": name}}}, "then": reference})
+        cases.append({"if": {"required": ["type"], "properties": {"type": {"const": name}}}, "then": reference})
     definitions["typed operator"] = {
         "type": "object",
         "required": ["type"],
@@ -87,7 +87,9 @@ def _collect(model: Any, name: str, definitions: dict[str, Any]) -> dict[str, st
 
 
 def _allow_references(schema: dict[str, Any]) -> dict[str, Any]:
-    """Any field may also be written as `${name}`."""
+    """Any field may also be written as `${name}`, any enum in upper case."""
+    if "enum" in schema:
+        schema["enum"] = [*schema["enum"], *(word.upper() for word in schema["enum"])]
     if "properties" in schema:
         schema["properties"] = {
             field: {

@@ -56,6 +56,8 @@ edges: [lines -> nowhere, lines.error -> nowhere]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a pipeline and a module of its own operators, which is the current directory."""
+    import sageLLM.operators  # noqa: F401  (registers the built-in operators for good, before the registry is copied)
+
     (tmp_path / "own_operators.py").write_text(MODULE)
     (tmp_path / "p.yaml").write_text(PIPELINE)
     monkeypatch.chdir(tmp_path)
