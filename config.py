@@ -69,7 +69,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 class Config(BaseModel):
     """Base of every configuration object: unknown fields are errors, values are fixed once validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
 
 def _refuse(asked: bool, option: str, instead: str) -> None:
@@ -197,6 +197,16 @@ class BenchmarkConfig(Config):
     min_throughput_tps: Annotated[float, Field(ge=0)] | None = None
     max_ttft_ms: Annotated[float, Field(ge=0)] | None = None
     max_tpot_ms: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _available(self) -> BenchmarkConfig:
+        _refuse(self.enable_profiling, "benchmark.enable_profiling", "leave it false")
+        gates = (self.min_throughput_tps, self.max_ttft_ms, self.max_tpot_ms)
+        if not self.enable_gates and any(gate is not None for gate in gates):
+            raise ValueError("a gate is set but enable_gates is false: set enable_gates: true, or leave the gate out")
+        if self.enable_gates and not self.enable_metrics:
+            raise ValueError("enable_gates needs enable_metrics: true")
+        return self
 
 
 class SageLLMConfig(Config):

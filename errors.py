@@ -14,6 +14,7 @@ SageLLMError
 │   ├── OperatorFailedError   an operator passed its restart limit
 │   └── ErrorRatioExceededError  too large a share of records failed               (exit 1)
 ├── KVCacheError              blocks ran out, or the cache's books do not balance
+├── GateError                 a run missed a configured figure                    (exit 1)
 └── EngineClosedError         the engine was shut down or never initialized
 """
 
@@ -80,6 +81,10 @@ class ErrorRatioExceededError(FlowError):
 
 class KVCacheError(SageLLMError):
     """KV blocks ran out where that must not happen, or an integrity check failed."""
+
+
+class GateError(SageLLMError):
+    """A run missed a figure that `benchmark.enable_gates` makes it reach."""
 
 
 class EngineClosedError(SageLLMError):

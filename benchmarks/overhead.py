@@ -74,7 +74,7 @@ def _build(folder: Path, batch: int) -> Pipeline:
     settings: dict[str, Any] = {stage: {} for stage in stages}
     settings["jsonl_source"] = {"path": "in.jsonl", "on_error": "fail"}
     settings["jsonl_sink"] = {"path": "out.jsonl", "fsync": "never"}
-    for stage in ("tokenize", "schedule", "prefill", "decode"):
+    for stage in ("tokenize", "schedule", "prefill", "decode", "detokenize"):
         settings[stage] = {"on_error": "fail"}
     settings["schedule"]["max_waiting"] = 2 * batch
     scheduler = {"max_batch_size": batch, "max_prefill_batch": batch, "max_decode_batch": batch}

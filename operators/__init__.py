@@ -1,7 +1,49 @@
 """The stages. Importing this package registers every built-in operator; none of them imports torch until it runs."""
 
-from . import detokenize, metrics, tokenize
-from .sinks import jsonl_sink, stdout_sink
-from .sources import jsonl_source, stdin_source
+from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
+from . import (
+    decode,
+    detokenize,
+    filter,
+    kv_commit,
+    kv_lookup,
+    map,
+    merge,
+    metrics,
+    prefill,
+    schedule,
+    tee,
+    tokenize,
+)
+from .functions import register_function
+from .sinks import call_sink, jsonl_sink, stdout_sink
+from .sources import call_source, jsonl_source, stdin_source
 
-__all__ = ["detokenize", "jsonl_sink", "jsonl_source", "metrics", "stdin_source", "stdout_sink", "tokenize"]
+__all__ = [
+    "ERROR_PORT",
+    "Operator",
+    "OperatorConfig",
+    "Outlet",
+    "Port",
+    "RecordKind",
+    "call_sink",
+    "call_source",
+    "decode",
+    "detokenize",
+    "filter",
+    "jsonl_sink",
+    "jsonl_source",
+    "kv_commit",
+    "kv_lookup",
+    "map",
+    "merge",
+    "metrics",
+    "operator",
+    "prefill",
+    "register_function",
+    "schedule",
+    "stdin_source",
+    "stdout_sink",
+    "tee",
+    "tokenize",
+]

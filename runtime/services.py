@@ -10,6 +10,7 @@ import anyio
 
 from ..kv_runtime.cache import KVCache
 from .calls import CallDesk
+from .flow.groups import lone_error_unwrapped
 from .scheduler.lease import LeaseBook
 from .scheduler.waiting import WaitingQueue
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..backends.base import Backend
     from ..config import SageLLMConfig
+    from ..graph.pipeline import Pipeline
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
     from ..records import Request, Sequence
@@ -113,6 +115,11 @@ class EngineServices:
             self._make_stop_matcher,
         )
 
+    @staticmethod
+    def is_needed_by(pipeline: Pipeline) -> bool:
+        """Whether a pipeline has a stage that runs the model."""
+        return any("prefilled" in node.spec.provides | node.spec.requires for node in pipeline.nodes.values())
+
     def _make_stop_matcher(self, sequence: Sequence) -> StopStringMatcher:
         from .worker.stop_strings import StopStringMatcher
 
@@ -124,14 +131,13 @@ class EngineServices:
         from .worker.driver import TaskDriver, ThreadDriver
 
         driver = TaskDriver(self.worker) if self.is_null else ThreadDriver(self.worker)
-        async with anyio.create_task_group() as tasks:
-            driver.start(tasks)
-            try:
-                yield
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(driver.stop) if not self.is_null else driver.stop()
-                del self.worker  # a stopped worker is not started again; the next run builds one
+        with lone_error_unwrapped():
+            async with anyio.create_task_group() as tasks:
+                driver.start(tasks)
+                try:
+                    yield
+                finally:
+                    driver.stop()
 
     def cancel(self, requests: list[Request]) -> None:
         """End requests wherever they are; from any thread."""

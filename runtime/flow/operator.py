@@ -74,6 +74,10 @@ class Outlet(Protocol):
         """
         ...
 
+    def drop(self, records: Sequence[Record]) -> None:
+        """Let records end here on purpose; every record must be sent, rejected or dropped."""
+        ...
+
 
 @dataclass(slots=True, frozen=True)
 class OperatorContext:
@@ -93,7 +97,8 @@ ConfigT = TypeVar("ConfigT", bound=OperatorConfig)
 class Operator(Generic[ConfigT]):
     """One stage. Subclasses override `process`, or `run` when they need more than one record list at a time.
 
-    The runtime calls `open`, then `run` once, then `close`, all in one task. A raised exception is an operator failure
+    The runtime calls `open`, then `run` once, then `close`, all in one task; every operator of the flow is open before
+    any runs, sinks before sources (runtime/flow/resume.py rests on it). A raised exception is an operator failure
     (restart policy); a bad record is not: pass it to `out.reject`.
     """
 

@@ -1,0 +1,154 @@
+"""What `sagellm run` shows: a live line on a terminal, plain lines elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..graph import Pipeline
+    from ..operators.metrics import MetricsSummary
+    from ..runtime.flow.flow import Flow, FlowReport
+
+_PLAIN_INTERVAL_S = 5.0
+_LIVE_INTERVAL_S = 0.2
+
+
+class Reporter(Protocol):
+    """Tells a person how a run goes."""
+
+    def loading(self, pipeline: Pipeline) -> _Context:
+        """Around the loading of the model."""
+        ...
+
+    async def follow(self, flow: Flow) -> None:
+        """Show progress until cancelled."""
+        ...
+
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
+        """Show the end."""
+        ...
+
+
+class _Context(Protocol):
+    def __enter__(self) -> None: ...
+    def __exit__(self, *error: object) -> bool | None: ...
+
+
+def make_reporter(quiet: bool) -> Reporter:
+    """Live on a terminal, plain lines otherwise, nothing when quiet. Everything goes to stderr."""
+    if quiet:
+        return _Quiet()
+    return _Live() if sys.stderr.isatty() else _Plain()
+
+
+class _Quiet:
+    @contextmanager
+    def loading(self, pipeline: Pipeline) -> Iterator[None]:
+        yield
+
+    async def follow(self, flow: Flow) -> None:
+        await anyio.sleep_forever()
+
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
+        """Quiet."""
+
+
+def _describe(flow: Flow) -> str:
+    """One line: requests, tokens per second, TTFT, prefix hits."""
+    from ..operators.metrics import Metrics
+
+    counters = flow.ledger.counters()
+    finished = counters["accepted"] - counters["in_flight"]
+    parts = [f"{finished} done, {counters['in_flight']} in flight"]
+    bad = counters["error"] + counters["cancelled"] + counters["shed"]
+    if bad:
+        parts.append(f"{bad} failed")
+    for operator in flow.operators.values():
+        if isinstance(operator, Metrics):
+            summary = operator.summary()
+            parts.append(f"{summary.output_tokens_per_s:.0f} tok/s")
+            parts.append(f"TTFT p50 {summary.ttft_ms.p50:.0f} ms")
+            parts.append(f"prefix hits {summary.prefix_hit_ratio:.0%}")
+            break
+    return "  ".join(parts)
+
+
+class _Plain:
+    @contextmanager
+    def loading(self, pipeline: Pipeline) -> Iterator[None]:
+        start = time.perf_counter()
+        model = pipeline.engine.model.model_id
+        print(f"{pipeline.name}: loading {model}", file=sys.stderr, flush=True)
+        yield
+        print(f"{pipeline.name}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+    async def follow(self, flow: Flow) -> None:
+        while True:
+            await anyio.sleep(_PLAIN_INTERVAL_S)
+            print(_describe(flow), file=sys.stderr, flush=True)
+
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
+        _print_summary(report, summaries)
+
+
+class _Live:
+    @contextmanager
+    def loading(self, pipeline: Pipeline) -> Iterator[None]:
+        from rich.console import Console
+
+        with Console(stderr=True).status(f"loading {pipeline.engine.model.model_id}"):
+            yield
+
+    async def follow(self, flow: Flow) -> None:
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        from rich.console import Console
+
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("starting", total=None)
+            while True:
+                progress.update(task, description=_describe(flow))
+                await anyio.sleep(_LIVE_INTERVAL_S)
+
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
+        _print_summary(report, summaries)
+
+
+def _print_summary(report: FlowReport, summaries: list[MetricsSummary]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    counts = report.counters
+    table = Table(title=f"{counts['accepted']} requests in {report.seconds:.2f} s", title_justify="left")
+    table.add_column("")
+    for name in ("mean", "p50", "p90", "p99"):
+        table.add_column(name, justify="right")
+    for summary in summaries:
+        for label, figures in (
+            ("queue ms", summary.queue_ms),
+            ("TTFT ms", summary.ttft_ms),
+            ("TPOT ms", summary.tpot_ms),
+            ("E2E ms", summary.e2e_ms),
+        ):
+            cells = (figures.mean, figures.p50, figures.p90, figures.p99)
+            table.add_row(label, *(f"{figure:.1f}" for figure in cells))
+    outcome = "  ".join(f"{name} {counts[name]}" for name in ("done", "error", "cancelled", "shed") if counts[name])
+    if summaries:
+        console.print(table)
+    for summary in summaries:
+        console.print(
+            f"{summary.output_tokens} output tokens, {summary.output_tokens_per_s:.0f} tok/s, "
+            f"{summary.requests_per_s:.1f} requests/s, prefix hits {summary.prefix_hit_tokens} tokens "
+            f"({summary.prefix_hit_ratio:.0%})",
+            highlight=False,
+        )
+    console.print(outcome or "no requests", highlight=False)

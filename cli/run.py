@@ -1,0 +1,58 @@
+"""`sagellm run`: run a pipeline until its sources end, and say how it went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import pipeline_arguments, read_pipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..graph import Pipeline
+    from .progress import Reporter
+
+
+@click.command("run")
+@pipeline_arguments
+@click.option("--quiet", "-q", is_flag=True, help="No progress and no summary; errors are still told.")
+def command(path: Path, overrides: tuple[str, ...], allow_modules: tuple[str, ...], quiet: bool) -> None:
+    """Run PIPELINE. SIGTERM or Ctrl-C finishes what is in flight; a second one stops at once.
+
+    Exit codes: 0 done, 1 the run failed (an operator, too many bad records, a gate), 78 the pipeline is wrong.
+    """
+    pipeline = read_pipeline(path, overrides, allow_modules)
+    import anyio
+
+    from .progress import make_reporter
+
+    anyio.run(_run, pipeline, make_reporter(quiet))
+
+
+async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
+    import anyio
+
+    from ..benchmarks.gates import check_gates
+    from ..operators.metrics import Metrics
+    from ..runtime.assembly import assemble
+    from ..runtime.flow.signals import drain_on_signals
+    from ..runtime.services import EngineServices
+
+    services = EngineServices(pipeline.engine)
+    flow = assemble(pipeline, services)
+    with reporter.loading(pipeline):
+        if services.is_needed_by(pipeline):
+            await anyio.to_thread.run_sync(lambda: services.worker)
+    async with services.running(), anyio.create_task_group() as tasks:
+        tasks.start_soon(drain_on_signals, flow)
+        tasks.start_soon(reporter.follow, flow)
+        try:
+            report = await flow.run()
+        finally:
+            tasks.cancel_scope.cancel()
+    summaries = [operator.summary() for operator in flow.operators.values() if isinstance(operator, Metrics)]
+    reporter.summarize(report, summaries)
+    if summaries:
+        check_gates(pipeline.engine.benchmark, summaries[0])

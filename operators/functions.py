@@ -1,0 +1,46 @@
+"""Plain functions by name, for `map` and `filter`: `@register_function("name")`."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FunctionT = TypeVar("FunctionT", bound="Callable[..., Any]")
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+
+def register_function(name: str) -> Callable[[FunctionT], FunctionT]:
+    """Make a function known to pipelines. It takes one record; it may be async.
+
+    Raises:
+        ConfigError: another function has the name.
+    """
+
+    def decorate(function: FunctionT) -> FunctionT:
+        known = _FUNCTIONS.get(name)
+        if known is not None and known.__qualname__ != function.__qualname__:
+            raise ConfigError(f"function {name!r} is already registered by {known.__module__}: choose another name")
+        _FUNCTIONS[name] = function
+        return function
+
+    return decorate
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """The function registered under a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    function = _FUNCTIONS.get(name)
+    if function is None:
+        near = difflib.get_close_matches(name, _FUNCTIONS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "register it with @register_function and --allow-module"
+        raise ConfigError(f"no function {name!r} is registered: {hint}")
+    return function
