@@ -39,43 +39,47 @@ GREEDY = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.5, 0.7]),
     presence_penalty=st.sampled_from([0.0, 1.0, -0.5]),
     frequency_penalty=st.sampled_from([0.0, 0.6, -0.25]),
-    logit_bias=st.sampled_from([None, {3: 2.0}, {1: -100.0, 2: 1.0, 60: 0.5}]),
-    min_tokens=st.sampled_from([0, 2, 30]),
+    logit_bias=st.sampled_from([None, {3: 2.0}, {1: -100.0, 2: 1.0, 11: 0.5}]),
+    min_tokens=st.sampled_from([0, 4, 30]),
     stop_token_ids=st.sampled_from([(), (5,), (7, 8, 9)]),
     ignore_eos=st.booleans(),
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     requests=st.lists(
-        st.tuples(GREEDY, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12)), min_size=1, max_size=5
+        st.tuples(
+            GREEDY, st.lists(st.integers(3, 9), min_size=1, max_size=12), st.lists(st.integers(0, 11), max_size=5)
+        ),
+        min_size=1,
+        max_size=5,
     ),
     preempted=st.sets(st.integers(0, 4)),
     seed=st.integers(0, 1000),
 )
 def test_greedy_tokens_equal_the_reference_at_every_step(requests, preempted, seed):
-    """Rows of several requests; some are released and admitted again, into another slot, half way."""
+    """Rows of different lengths; some are released and admitted again, into another slot, half way."""
     generator = torch.Generator().manual_seed(seed)
-    count, steps, ends = len(requests), 8, (4, VOCAB + 100)
-    state = SamplingState(2 * count, VOCAB, "cpu")
+    count, rounds, vocab, ends = len(requests), 8, 12, (4, 112)
+    state = SamplingState(2 * count, vocab, "cpu")
     slots = np.arange(count)
-    for slot, (params, prompt) in enumerate(requests):
-        state.admit(slot, params, prompt, ends)
-    outputs: list[list[int]] = [[] for _ in requests]
-    for step in range(steps):
-        if step == steps // 2:
+    outputs = [list(output) for _, _, output in requests]
+    for slot, (params, prompt, output) in enumerate(requests):
+        state.admit(slot, params, prompt, ends, output)
+    for number in range(rounds):
+        if number == rounds // 2:
             for i in preempted & set(range(count)):
                 state.release(i)
                 slots[i] = count + i
-                params, prompt = requests[i]
+                params, prompt, _ = requests[i]
                 state.admit(slots[i], params, np.array(prompt, np.int32), ends, outputs[i])
-        logits = torch.randn(count, VOCAB, generator=generator)
+        logits = torch.randn(count, vocab, generator=generator)
         expected = [
             int(reference(row, params, prompt, output, ends[:1]).argmax())
-            for row, (params, prompt), output in zip(logits, requests, outputs, strict=True)
+            for row, (params, prompt, _), output in zip(logits, requests, outputs, strict=True)
         ]
-        tokens = state.sample(logits, slots, np.full(count, step)).tokens.tolist()
+        tokens = state.sample(logits, slots, np.array([len(output) for output in outputs])).tokens.tolist()
         assert tokens == expected
         for output, token in zip(outputs, tokens, strict=True):
             output.append(token)
