@@ -161,6 +161,17 @@ def test_a_refused_release_gives_back_what_it_took(count):
     cache.check_integrity([mine])
 
 
+@pytest.mark.parametrize("count", [3, 200])
+def test_one_call_may_name_a_block_several_times(count):
+    cache = KVCache(300, 4)
+    mine = cache.allocate(count)
+    cache.retain(np.repeat(mine, 3))
+    cache.check_integrity([mine] * 4)
+    cache.release(np.tile(mine, 4))
+    assert cache.num_free == 300
+    cache.check_integrity([])
+
+
 def test_a_refused_commit_leaves_the_tree_as_it_was(tokens, store, cached_length):
     cache = KVCache(8, 4)
     store(cache, tokens(8))

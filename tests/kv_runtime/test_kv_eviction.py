@@ -99,10 +99,53 @@ def test_released_leaves_become_evictable_again(tokens, store, cached_length):
     cache.release(cache.allocate(2))
     assert cached_length(cache, tokens(8)) == 8
     cache.release(running)
+    cache.check_integrity([])
     assert cache.available() == 4
     assert cache.allocate(3).size == 3
     assert cached_length(cache, tokens(8)) == 4
-    cache.check_integrity()
+
+
+def test_eviction_passes_over_owned_leaves_without_changing_their_age(tokens, store, cached_length):
+    cache = KVCache(6, 4)
+    oldest, older, newer = tokens(8), tokens(8, 100), tokens(8, 200)
+    running = cache.allocate(2)
+    cache.commit(oldest, running, ANYONE)
+    store(cache, older)
+    store(cache, newer)
+    cache.allocate(1)
+    assert [cached_length(cache, s) for s in (oldest, older, newer)] == [8, 4, 8]
+    cache.release(running)
+    cache.allocate(1)
+    assert [cached_length(cache, s) for s in (oldest, older, newer)] == [4, 4, 8]
+
+
+def test_running_branches_return_with_their_common_prefix(tokens, store, cached_length):
+    cache = KVCache(6, 4)
+    left, right = np.append(tokens(4), tokens(4, 100)), np.append(tokens(4), tokens(4, 200))
+    first, second = cache.allocate(2), cache.allocate(1)
+    cache.commit(left, first, ANYONE)
+    second = np.append(cache.match(right, ANYONE, 8).blocks, second)
+    cache.commit(right, second, ANYONE)
+    store(cache, tokens(12, 300))
+    taken = cache.allocate(3)
+    cache.check_integrity([first, second, taken])
+    cache.release(second)
+    cache.check_integrity([first, taken])
+    taken = np.append(taken, cache.allocate(1))
+    assert [cached_length(cache, s) for s in (left, right)] == [8, 4]
+    cache.release(first)
+    cache.check_integrity([taken])
+    assert cache.allocate(2).size == 2
+
+
+def test_a_trimmed_leaf_gives_its_memory_back(tokens, store):
+    cache = KVCache(64, 4)
+    store(cache, tokens(256))
+    for _ in range(60):
+        cache.allocate(1)
+    (leaf,) = cache._tree.nodes()
+    assert leaf.tokens.size == 16
+    assert leaf.tokens.base is None or leaf.tokens.base.size <= 32
 
 
 def test_evictable_blocks_above_an_owned_leaf_can_be_had(tokens, store):

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from sageLLM.kv_runtime import KVCache, pool
 
-TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=24)
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 NAMESPACES = st.sampled_from([("", ""), ("a", ""), ("", "a")])
 
 
@@ -31,7 +31,7 @@ class Owner:
 class CacheMachine(RuleBasedStateMachine):
     """Sequences live as in the worker. KV is modelled as "all tokens up to here", the one thing that it depends on."""
 
-    @initialize(num_blocks=st.sampled_from([6, 12, 400]), block_size=st.sampled_from([1, 3, 4]))
+    @initialize(num_blocks=st.sampled_from([8, 16, 400]), block_size=st.sampled_from([1, 3, 4]))
     def make(self, num_blocks, block_size):
         self.cache = KVCache(num_blocks, block_size)
         self.size = block_size
@@ -150,7 +150,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.release(np.concatenate([as_tokens(owner.blocks) for owner in self.owners]))
         self.owners.clear()
 
-    @rule(tokens=TOKENS, namespace=NAMESPACES, limit=st.integers(-1, 24), record=st.booleans())
+    @rule(tokens=TOKENS, namespace=NAMESPACES, limit=st.integers(-1, 14), record=st.booleans())
     def look(self, tokens, namespace, limit, record):
         found = self.match(tokens, namespace, limit, record)
         self.cache.retain(found.blocks)
@@ -202,6 +202,6 @@ def test_cache_behaves_like_its_model(monkeypatch, few):
     machine = type("Machine", (CacheMachine,), {})
     run = machine.TestCase("runTest")
     run.settings = settings(
-        max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
     )
     run.runTest()
