@@ -7,7 +7,6 @@ import os
 import stat
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import anyio
 import anyio.to_thread
 from anyio import from_thread
 from pydantic import Field
@@ -15,15 +14,12 @@ from pydantic import Field
 from ...errors import ConfigError, OutputLockedError
 from ...records import Completion, DeadLetter, FinishReason
 from ...runtime.flow.operator import Operator, OperatorConfig, Port, RecordKind, operator
+from .interval_sync import IntervalSync
 from .output_index import scan_output
 from .result_format import dump_line
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from ...runtime.flow.operator import OperatorContext, Outlet
-
-_SYNC_INTERVAL_S = 1.0
 
 
 class JsonlSinkConfig(OperatorConfig):
@@ -65,7 +61,7 @@ edges:
         self.path = context.base_dir / config.path
         self._fd = -1
         self._size = 0
-        self._unsynced = anyio.Event()
+        self._syncer: IntervalSync | None = None
 
     async def open(self) -> None:
         """Lock the file, drop a torn last line, publish the finished lines.
@@ -86,23 +82,12 @@ edges:
             self._release()
             raise
 
-    async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
-        if self.config.fsync != "interval":
-            await super().run(inlet, out)
-            return
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._sync_at_intervals)
-                await super().run(inlet, out)
-                tasks.cancel_scope.cancel()
-        except ExceptionGroup as group:  # one of the two tasks failed: the runtime wants to see that error itself
-            raise group.exceptions[0] from None
-
     async def process(self, records: list[Any], out: Outlet) -> None:
         """Write the terminal records.
 
         Raises:
-            OSError: the write failed (no space, a file system error); nothing of the list stays in the file.
+            OSError: the write failed (no space, a file system error), and nothing of the list stays in the file; or
+                an earlier fsync did.
         """
         lines = [dump_line(record) for record in records if _is_written(record)]
         if not lines:
@@ -110,13 +95,15 @@ edges:
         self._write(b"".join(lines))
         if self.config.fsync == "always":
             await anyio.to_thread.run_sync(os.fsync, self._fd)
-        else:
-            self._unsynced.set()
+        elif self._syncer is not None:
+            self._syncer.written()
 
     async def close(self) -> None:
         if self._fd < 0:
             return
         try:
+            if self._syncer is not None:
+                self._syncer.stop()
             if self.config.fsync != "never":
                 os.fsync(self._fd)
         finally:
@@ -136,6 +123,8 @@ edges:
         os.ftruncate(self._fd, self._size)
         if self.config.fsync != "never":
             self._sync_folder()
+        if self.config.fsync == "interval":
+            self._syncer = IntervalSync(self._fd)
         self.context.resume.publish(finished)
 
     def _write(self, data: bytes) -> None:
@@ -147,13 +136,6 @@ edges:
             os.ftruncate(self._fd, self._size)
             raise
         self._size += len(data)
-
-    async def _sync_at_intervals(self) -> None:
-        while True:
-            await self._unsynced.wait()
-            await anyio.sleep(_SYNC_INTERVAL_S)
-            self._unsynced = anyio.Event()
-            await anyio.to_thread.run_sync(os.fsync, self._fd)
 
     def _sync_folder(self) -> None:
         """Make a new file's name itself survive a power loss."""

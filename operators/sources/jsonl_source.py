@@ -12,6 +12,7 @@ from pydantic import Field
 
 from ...errors import ConfigError, SourceChangedError
 from ...runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
+from ...runtime.flow.resume import SentLines
 from .fingerprint import fingerprint_file, fingerprinted_size
 from .lines import LineSplitter
 from .read_lines import read_requests
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from ...runtime.flow.operator import OperatorContext, Outlet
     from ...runtime.flow.resume import FinishedLines, LineSet
+    from .lines import Line
 
 _CHUNK_BYTES = 1 << 18
 
@@ -64,64 +66,76 @@ edges:
         self.size_bytes = 0
         self.read_bytes = 0  # for a progress display: reaches size_bytes at the end
         self._fd = -1
-        self._sent = 0  # the last line sent on; a restarted source goes on behind it
+        self._begun = os.stat_result(range(10))
+        self._fingerprint = ""
+        self._finished: list[LineSet] = []
 
     async def open(self) -> None:
-        """Open the file.
+        """Open the file and learn what of it is finished; sinks are open by now.
 
         Raises:
             ConfigError: there is no such file, it is not a regular file, or it cannot be read.
+            SourceChangedError: the output was begun from another content, or a restarted source finds another.
         """
         path = self.config.path
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror} (looked for {self.path})") from error
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+        try:
+            self._begun = os.fstat(self._fd)
+            if not stat.S_ISREG(self._begun.st_mode):
+                raise ConfigError(f"{path}: is not a regular file; feed a pipe or a terminal through stdin_source")
+            self.size_bytes = self._begun.st_size
+            self._fingerprint = await anyio.to_thread.run_sync(
+                fingerprint_file, self._fd, self.size_bytes, from_thread.check_cancelled
+            )
+            self._finished = self._find_finished()
+        except BaseException:
             await self.close()
-            raise ConfigError(f"{path}: is not a regular file; feed a pipe or a terminal through stdin_source")
+            raise
 
     async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         """Send every line that is not finished yet.
 
         Raises:
-            SourceChangedError: the output was begun from another content, or the file changes while it is read.
+            SourceChangedError: the file changes while it is read.
         """
-        begun = os.fstat(self._fd)
-        self.size_bytes, self.read_bytes = begun.st_size, 0
-        fingerprint = await anyio.to_thread.run_sync(
-            fingerprint_file, self._fd, begun.st_size, from_thread.check_cancelled
-        )
-        finished = self._find_finished(fingerprint)
         splitter = LineSplitter(self.config.max_line_bytes)
-        while self.read_bytes < begun.st_size:
+        while self.read_bytes < self.size_bytes:
             chunk = await anyio.to_thread.run_sync(os.pread, self._fd, _CHUNK_BYTES, self.read_bytes)
-            self._check_unchanged(begun)
+            self._check_unchanged()
             self.read_bytes += len(chunk)
-            await self._send(splitter.feed(chunk), finished, fingerprint, out)
-        await self._send(splitter.finish(), finished, fingerprint, out)
+            await self._send(splitter.feed(chunk), out)
+        await self._send(splitter.finish(), out)
 
     async def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    async def _send(self, lines: list[Any], finished: list[LineSet], fingerprint: str, out: Outlet) -> None:
-        pending = [
-            line for line in lines if line.number > self._sent and not any(line.number in done for done in finished)
-        ]
+    async def _send(self, lines: list[Line], out: Outlet) -> None:
+        pending = [line for line in lines if not any(line.number in done for done in self._finished)]
+        sent = self.context.resume.sent
+        already = sent.get(self.context.name)
+        if already is not None:
+            pending = [line for line in pending if line.number > already.last_line]
         size = self.config.batch_size
         for start in range(0, len(pending), size):
             batch = pending[start : start + size]
-            requests, letters = read_requests(batch, self.config.path, fingerprint, self.config.max_line_bytes)
-            self._sent = batch[-1].number
+            requests, letters = read_requests(batch, self.config.path, self._fingerprint, self.config.max_line_bytes)
+            sent[self.context.name] = SentLines(self._fingerprint, batch[-1].number)
             if letters:
                 await out.reject(letters)
             if requests:
                 await out.send(requests)
 
-    def _find_finished(self, fingerprint: str) -> list[LineSet]:
+    def _find_finished(self) -> list[LineSet]:
         """The finished lines of this file, under every name that it had in earlier runs."""
+        already = self.context.resume.sent.get(self.context.name)
+        if already is not None and already.fingerprint != self._fingerprint:
+            raise SourceChangedError(self._explain_change_while_read())
+        fingerprint = self._fingerprint
         finished = []
         for entry in self.context.resume:
             if entry.fingerprint == fingerprint and self._may_be_this_file(entry.file):
@@ -149,10 +163,13 @@ edges:
             "put new lines in a file of their own, or write to another output"
         )
 
-    def _check_unchanged(self, begun: os.stat_result) -> None:
+    def _check_unchanged(self) -> None:
         now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (begun.st_size, begun.st_mtime_ns):
-            raise SourceChangedError(
-                f"{self.config.path}: was changed while it was read; its results so far belong to the old content: "
-                "restore it, or start again with another output"
-            )
+        if (now.st_size, now.st_mtime_ns) != (self._begun.st_size, self._begun.st_mtime_ns):
+            raise SourceChangedError(self._explain_change_while_read())
+
+    def _explain_change_while_read(self) -> str:
+        return (
+            f"{self.config.path}: was changed while it was read; its results so far belong to the old content: "
+            "restore it, or start again with another output"
+        )

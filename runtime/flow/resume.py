@@ -46,6 +46,14 @@ class FinishedLines:
     outputs: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class SentLines:
+    """Up to which line a source has sent, of which content."""
+
+    fingerprint: str
+    last_line: int
+
+
 class ResumeIndex:
     """The finished lines of every input of a flow. One object for all operators of a flow.
 
@@ -55,6 +63,7 @@ class ResumeIndex:
 
     def __init__(self) -> None:
         self._inputs: dict[tuple[str, str], FinishedLines] = {}
+        self.sent: dict[str, SentLines] = {}  # by the source's name; for the instance that follows a failed one
 
     def entry(self, file: str, fingerprint: str) -> FinishedLines:
         """The finished lines of that input, an empty entry if there are none yet."""

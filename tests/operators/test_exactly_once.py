@@ -13,9 +13,13 @@ import anyio
 import pytest
 
 from sageLLM.errors import SourceChangedError
+from sageLLM.graph.pipeline import Edge
 from sageLLM.operators.sinks.jsonl_sink import JsonlSink
 from sageLLM.operators.sources.jsonl_source import JsonlSource
 from sageLLM.records import Choice, Completion, FinishReason
+from sageLLM.runtime.flow.flow import Flow
+from sageLLM.runtime.flow.ledger import Ledger
+from sageLLM.runtime.flow.operator import Operator, OperatorConfig, OperatorContext, Port
 from sageLLM.runtime.flow.resume import ResumeIndex
 
 
@@ -24,49 +28,53 @@ def complete(request):
     return Completion(request, [Choice(0, tokens, request.prompt.upper(), FinishReason.STOP)], 1)
 
 
-class Shuffler:
-    """Stands for the whole pipeline: completes requests, but out of order, up to `window` of them held back."""
+class Shuffle(Operator[OperatorConfig]):
+    """Stands for the whole pipeline: completes requests out of order, up to `window` of them held back."""
 
-    def __init__(self, done, dead, seed=None, window=100):
-        self.done, self.dead, self.window = done, dead, window
-        self.random = None if seed is None else random.Random(seed)
-        self.held = []
-        self.computed = 0
+    inputs = (Port("in"),)
+    outputs = (Port("out"),)
+    seed: int | None = None
+    window = 100
+    computed = 0
 
-    async def send(self, records, port="out"):
-        self.held += map(complete, records)
-        self.computed += len(records)
-        if self.random is not None:
-            self.random.shuffle(self.held)
-        while len(self.held) > self.window:
-            some = len(self.held) if self.random is None else self.random.randint(1, 20)
-            batch, self.held = self.held[:some], self.held[some:]
-            await self.done.process(batch, None)
-
-    async def reject(self, letters):
-        await self.dead.process(letters, None)
-
-    async def finish(self):
-        await self.done.process(self.held, None)
+    async def run(self, inlet, out):
+        chance = None if self.seed is None else random.Random(self.seed)
+        held = []
+        async for requests in inlet:
+            held += map(complete, requests)
+            Shuffle.computed += len(requests)
+            if chance is not None:
+                chance.shuffle(held)
+            while len(held) > self.window:
+                some = len(held) if chance is None else chance.randint(1, 20)
+                batch, held = held[:some], held[some:]
+                await out.send(batch)
+        await out.send(held)
 
 
-async def run_flow(make_context, seed=None):
+async def run_flow(folder, seed=None):
     """in.jsonl -> out.jsonl, dead letters to dead.jsonl; returns how many requests were computed."""
-    context = make_context(resume=ResumeIndex())
-    source = JsonlSource(JsonlSource.config_model(path="in.jsonl", batch_size=32), context)
-    done = JsonlSink(JsonlSink.config_model(path="out.jsonl", fsync="never"), context)
-    dead = JsonlSink(JsonlSink.config_model(path="dead.jsonl", fsync="never"), context)
-    stages = [done, dead, source]
-    try:
-        for stage in stages:
-            await stage.open()
-        out = Shuffler(done, dead, seed)
-        await source.run(None, out)
-        await out.finish()
-        return out.computed
-    finally:
-        for stage in stages:
-            await stage.close()
+    ledger, resume = Ledger(), ResumeIndex()
+
+    def make(cls, name, **config):
+        context = OperatorContext(name, None, ledger, folder, lambda reason: None, resume)
+        return lambda: cls(cls.config_model(**config), context)
+
+    Shuffle.seed, Shuffle.computed = seed, 0
+    factories = {
+        "source": make(JsonlSource, "source", path="in.jsonl", batch_size=32),
+        "shuffle": make(Shuffle, "shuffle"),
+        "done": make(JsonlSink, "done", path="out.jsonl", fsync="never"),
+        "dead": make(JsonlSink, "dead", path="dead.jsonl", fsync="never"),
+    }
+    edges = [
+        Edge("source", "out", "shuffle", "in"),
+        Edge("shuffle", "out", "done", "in"),
+        Edge("source", "error", "dead", "in"),
+    ]
+    report = await Flow(factories, edges, ledger).run()
+    assert report.counters["in_flight"] == 0
+    return Shuffle.computed
 
 
 def write_input(path, lines, bad_every=10):
@@ -79,29 +87,29 @@ def numbers(path):
     return [json.loads(line)["src"]["line"] for line in path.read_text().splitlines()]
 
 
-def test_a_second_run_computes_nothing(tmp_path, make_context):
+def test_a_second_run_computes_nothing(tmp_path):
     write_input(tmp_path / "in.jsonl", 500)
-    assert anyio.run(run_flow, make_context) == 450
-    assert anyio.run(run_flow, make_context) == 0
+    assert anyio.run(run_flow, tmp_path) == 450
+    assert anyio.run(run_flow, tmp_path) == 0
     assert sorted(numbers(tmp_path / "out.jsonl") + numbers(tmp_path / "dead.jsonl")) == list(range(1, 501))
 
 
-def test_deleting_a_line_computes_it_again(tmp_path, make_context):
+def test_deleting_a_line_computes_it_again(tmp_path):
     write_input(tmp_path / "in.jsonl", 50)
-    anyio.run(run_flow, make_context)
+    anyio.run(run_flow, tmp_path)
     output = tmp_path / "out.jsonl"
     output.write_text("".join(output.read_text().splitlines(keepends=True)[1:]))
-    assert anyio.run(run_flow, make_context) == 1
+    assert anyio.run(run_flow, tmp_path) == 1
     assert sorted(numbers(output)) == [n for n in range(1, 51) if n % 10]
 
 
-def test_a_changed_input_is_refused_and_the_output_kept(tmp_path, make_context):
+def test_a_changed_input_is_refused_and_the_output_kept(tmp_path):
     write_input(tmp_path / "in.jsonl", 50)
-    anyio.run(run_flow, make_context)
+    anyio.run(run_flow, tmp_path)
     before = (tmp_path / "out.jsonl").read_bytes()
     write_input(tmp_path / "in.jsonl", 51)
     with pytest.raises(SourceChangedError, match=r"since dead\.jsonl and out\.jsonl was begun from it"):
-        anyio.run(run_flow, make_context)
+        anyio.run(run_flow, tmp_path)
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -112,10 +120,7 @@ spec = importlib.util.spec_from_file_location("flow", sys.argv[1])
 flow = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(flow)
 from pathlib import Path
-from sageLLM.runtime.flow.operator import OperatorContext
-
-def make_context(resume):
-    return OperatorContext("node", None, None, Path(sys.argv[2]), lambda reason: None, resume)
+folder = Path(sys.argv[2])
 """
 
 KILLED = """
@@ -128,7 +133,7 @@ def write(fd, data):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(fd, data)
 os.write = write
-anyio.run(flow.run_flow, make_context, int(sys.argv[4]))
+anyio.run(flow.run_flow, folder, int(sys.argv[4]))
 """
 
 
@@ -155,16 +160,16 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 def run(lines):
-    flow.write_input(Path(sys.argv[2]) / "in.jsonl", lines)
-    return anyio.run(flow.run_flow, make_context)
+    flow.write_input(folder / "in.jsonl", lines)
+    return anyio.run(flow.run_flow, folder)
 
 run(2000)
 for name in ("out.jsonl", "dead.jsonl"):
-    (Path(sys.argv[2]) / name).unlink()
+    (folder / name).unlink()
 base = peak_mb()
 computed = run(100_000)
 first = peak_mb()
-again = anyio.run(flow.run_flow, make_context)
+again = anyio.run(flow.run_flow, folder)
 print(computed, first - base, again, peak_mb() - first)
 """
 

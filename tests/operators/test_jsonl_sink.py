@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 
 import anyio
 import pytest
 
 from sageLLM.errors import ConfigError, OutputLockedError
-from sageLLM.operators.sinks import jsonl_sink
+from sageLLM.operators.sinks import interval_sync, jsonl_sink
 from sageLLM.operators.sinks.jsonl_sink import JsonlSink
 from sageLLM.records import (
     Choice,
@@ -171,11 +172,16 @@ def test_folders_are_made_and_special_files_refused(drive, make_completion, tmp_
 @pytest.fixture
 def synced(monkeypatch, tmp_path):
     """The sizes of out.jsonl at each fsync of it."""
-    sizes = []
+
+    class Sizes(list):
+        happened = threading.Event()
+
+    sizes = Sizes()
 
     def fsync(fd):
         if os.readlink(f"/proc/self/fd/{fd}").endswith("out.jsonl"):
             sizes.append(os.fstat(fd).st_size)
+            sizes.happened.set()
 
     monkeypatch.setattr(jsonl_sink.os, "fsync", fsync)
     return sizes
@@ -192,22 +198,42 @@ def test_fsync_always_is_after_every_list(write, make_completion, synced):
     assert one == two
 
 
-def test_fsync_interval_is_once_a_second_and_at_the_end(make_completion, make_context, synced):
-    trio = pytest.importorskip("trio")
+def test_fsync_interval_happens_while_nothing_more_is_written_and_at_the_end(
+    make_completion, make_context, synced, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(interval_sync, "INTERVAL_S", 0.01)
 
     async def main():
         sink = JsonlSink(JsonlSink.config_model(path="out.jsonl", fsync="interval"), make_context())
-
-        async def inlet():
-            for _ in range(8):  # 4 s of virtual time
-                yield [make_completion()]
-                await anyio.sleep(0.5)
-
         await sink.open()
-        await sink.run(inlet(), None)
+        await sink.process([make_completion()], None)
+        await anyio.to_thread.run_sync(synced.happened.wait)
+        monkeypatch.setattr(interval_sync, "INTERVAL_S", 3600)
+        for _ in range(3):
+            await sink.process([make_completion()], None)
         await sink.close()
-        return sink._size
 
-    size = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.01))
-    assert 3 <= len(synced) <= 6
-    assert synced[-1] == size
+    anyio.run(main)
+    assert synced[-1] == (tmp_path / "out.jsonl").stat().st_size
+    assert len(synced) <= 4, "not at every list"
+
+
+def test_a_failed_fsync_is_told_at_the_next_write(make_completion, make_context, monkeypatch):
+    monkeypatch.setattr(interval_sync, "INTERVAL_S", 0)
+
+    async def main():
+        sink = JsonlSink(JsonlSink.config_model(path="out.jsonl", fsync="interval"), make_context())
+        await sink.open()
+
+        def fail(fd):
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(interval_sync.os, "fsync", fail)
+            with pytest.raises(OSError, match="Input/output error"), anyio.fail_after(30):
+                while True:
+                    await sink.process([make_completion()], None)
+                    await anyio.sleep(0.001)
+        await sink.close()
+
+    anyio.run(main)

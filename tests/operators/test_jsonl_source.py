@@ -111,6 +111,7 @@ def test_a_renamed_file_is_known_again_a_copy_is_another_file(read, make_context
     data = '{"prompt": "a"}\n' * 3
     index = finished(read, data, [1, 2], file="before.jsonl")
     assert [r.src.line for r in read(data, make_context(resume=index)).sent] == [3]
+    index = finished(read, data, [1, 2], file="before.jsonl")
     (tmp_path / "before.jsonl").write_text(data)
     assert [r.src.line for r in read(data, make_context(resume=index)).sent] == [1, 2, 3]
 
@@ -143,15 +144,16 @@ def test_a_restarted_source_goes_on_behind_the_last_line_it_sent(make_context, o
                 raise OSError("the disk is gone")
 
     async def main():
-        source = JsonlSource(JsonlSource.config_model(path="in.jsonl", batch_size=2), make_context())
-        out = Failing()
-        await source.open()
+        context, out = make_context(), Failing()
+        config = JsonlSource.config_model(path="in.jsonl", batch_size=2)
+        failing, following = JsonlSource(config, context), JsonlSource(config, context)
+        await failing.open()
         with pytest.raises(OSError):
-            await source.run(None, out)
-        await source.close()
-        await source.open()
-        await source.run(None, out)
-        await source.close()
+            await failing.run(None, out)
+        await failing.close()
+        await following.open()
+        await following.run(None, out)
+        await following.close()
         assert [r.src.line for r in out.sent] == list(range(1, 11))
 
     anyio.run(main)
