@@ -84,6 +84,9 @@ def parse_architecture(data: dict[str, Any], where: str = "config.json") -> Deco
         )
     max_seq_len = _positive(data, "max_position_embeddings", where)
     attention_bias = bool(data.get("attention_bias", False)) and family in ("llama", "qwen3")
+    rope = _parse_rope(data, max_seq_len, where)
+    if rope.kind == "yarn":  # such a config may still name the context before the extension
+        max_seq_len = max(max_seq_len, int(rope.factor * rope.original_max_position))
     dtype = data.get("dtype") or data.get("torch_dtype")
     if dtype is not None and dtype not in _DTYPES:
         raise NotAvailableError(f"{where}: dtype {dtype!r} is not available yet; use one of {', '.join(_DTYPES)}")
@@ -98,7 +101,7 @@ def parse_architecture(data: dict[str, Any], where: str = "config.json") -> Deco
         vocab_size=_positive(data, "vocab_size", where),
         max_seq_len=max_seq_len,
         rms_norm_eps=float(data.get("rms_norm_eps", 1e-6)),
-        rope=_parse_rope(data, max_seq_len, where),
+        rope=rope,
         qkv_bias=attention_bias or family == "qwen2",
         output_bias=attention_bias,
         mlp_bias=bool(data.get("mlp_bias", False)) and family == "llama",

@@ -24,6 +24,8 @@ NULL_MAX_SEQ_LEN = 32_768
 
 _BUILTIN_FOLDERS = {"builtin:pydoc-tiny": "pydoc_tiny"}
 _NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+_SHAPES_THE_TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                    "generation_config.json")  # fmt: skip
 _NOT_NEEDED = ("original/*", "consolidated*", "onnx/*")
 
 
@@ -189,7 +191,7 @@ def _resolve_folder(config: ModelConfig, folder: Path) -> ResolvedModel:
             architecture = replace(architecture, dtype=_stored_dtype(headers[0]))
 
     defaults = _read_generation_config(folder, architecture)
-    content += [file.read_bytes() for file in (folder / "tokenizer.json",) if file.exists()]
+    content += [(folder / name).read_bytes() for name in _SHAPES_THE_TEXT if (folder / name).exists()]
     architecture = _apply_dimensions(config, architecture)
     refuse_sliding_window(architecture, str(path))
     return ResolvedModel(

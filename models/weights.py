@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .resolve import ResolvedModel
 
 _DUMMY_STD = 0.02
-_DUMMY_CHUNK = 1 << 21  # elements drawn from one generator
+_DUMMY_CHUNK = 1 << 20  # elements drawn from one generator
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 
@@ -40,12 +40,12 @@ def load_model(resolved: ResolvedModel, backend: Backend) -> DecoderModel:
     """
     config = resolved.architecture
     shapes = expected_tensors(config)
+    checkpoint_dtype: torch.dtype = getattr(torch, config.dtype or "float32")
     source: TensorSource
     if resolved.weights == "safetensors" and resolved.folder is not None:
         source = SafetensorsSource(resolved.folder, shapes, tied=config.tie_word_embeddings)
     else:
-        source = RandomSource(shapes, resolved.seed)
-    checkpoint_dtype = getattr(torch, config.dtype or "float32")
+        source = RandomSource(shapes, resolved.seed, checkpoint_dtype)
     stored = checkpoint_dtype if resolved.dtype is DType.AUTO else getattr(torch, resolved.dtype)
     dtype = backend.compute_dtype(resolved.dtype, checkpoint_dtype)
     with torch.inference_mode(), source:
@@ -154,9 +154,13 @@ class SafetensorsSource:
 
 
 class RandomSource:
-    """Seeded random weights: normal with std 0.02, norms 1. A tensor's values depend on the seed and its name only."""
+    """Seeded random weights: normal with std 0.02, norms 1, rounded to the checkpoint's dtype.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+    A tensor's values depend on the seed and its name only.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._shapes = shapes
         self._seed = seed
         self._pool = ThreadPoolExecutor(thread_name_prefix="sagellm-random-weights")
@@ -173,14 +177,14 @@ class RandomSource:
         """See `TensorSource`."""
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        tensor = torch.empty(shape)
+            return torch.ones(shape, dtype=self._dtype)
+        tensor = torch.empty(shape, dtype=self._dtype)
 
         @torch.inference_mode()  # a mode of the thread, not of the caller
         def fill(chunk: Tensor, index: int) -> None:
             # The CPU generator uses 32 bits of its seed: hash everything into them.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name} {index}".encode()))
-            chunk.normal_(0.0, _DUMMY_STD, generator=generator)
+            chunk.copy_(torch.empty(chunk.shape).normal_(0.0, _DUMMY_STD, generator=generator))
 
         chunks = torch.split(tensor.view(-1), _DUMMY_CHUNK)
         list(self._pool.map(fill, chunks, range(len(chunks))))

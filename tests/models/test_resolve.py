@@ -181,6 +181,12 @@ def test_a_sliding_window_is_refused_unless_the_context_fits_in_it(folder):
     assert resolve(folder, max_seq_len=128).max_seq_len == 128
 
 
+def test_yarn_extends_the_context_that_config_json_still_names(folder):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 1e6}
+    change(folder / "config.json", rope_parameters=rope)
+    assert resolve(folder).max_seq_len == 1024
+
+
 def test_rope_as_transformers_4_wrote_it_is_the_same(folder):
     new = resolve(folder).architecture
     rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
@@ -210,4 +216,6 @@ def test_the_fingerprint_changes_with_what_changes_the_output(folder, checkpoint
     assert resolve(folder, dtype="bfloat16").fingerprint != first
     assert resolve(folder, load_format="dummy").fingerprint != first
     change(folder / "config.json", rms_norm_eps=1e-3)
-    assert resolve(folder).fingerprint != first
+    second = resolve(folder).fingerprint
+    change(folder / "tokenizer_config.json", chat_template="{{ messages }}")
+    assert len({first, second, resolve(folder).fingerprint}) == 3
