@@ -84,7 +84,7 @@ def draw_nucleus(logits: Tensor, draw: Draw) -> Tensor:
 
 def _draw_sorted_probs(probs: Tensor, draw: Draw) -> Tensor:
     if probs.device.type == "cpu" and len(probs) > 1:  # one row's keys stay in the cache: twice as fast as all at once
-        rows = torch.arange(len(probs)).split(1)
+        rows = torch.split(torch.arange(len(probs)), 1)
         return torch.cat([_draw_sorted_probs(probs[row], draw.select(row)) for row in rows])
     values, ids = rank_all(probs)
     return _draw_ranked(_cut(values.double(), draw), ids, draw)

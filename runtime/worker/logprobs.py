@@ -36,7 +36,9 @@ def prompt_logprobs(logits: Tensor, next_tokens: Tensor, k: int) -> tuple[Tensor
     """
     parts = [
         token_logprobs(rows.float().log_softmax(-1), tokens, k)
-        for rows, tokens in zip(logits.split(_ROWS_AT_ONCE), next_tokens.split(_ROWS_AT_ONCE), strict=True)
+        for rows, tokens in zip(
+            torch.split(logits, _ROWS_AT_ONCE), torch.split(next_tokens, _ROWS_AT_ONCE), strict=True
+        )
     ]
     chosen, top_ids, top_logprobs = zip(*parts, strict=True)
     return torch.cat(chosen), torch.cat(top_ids), torch.cat(top_logprobs)

@@ -21,7 +21,7 @@ def split_blocks(values: Tensor, fill: float) -> Tensor:
     short = -values.shape[-1] % BLOCK
     if short:
         values = pad(values, (0, short), value=fill)
-    return values.unflatten(-1, (values.shape[-1] // BLOCK, BLOCK))
+    return values.reshape(len(values), values.shape[-1] // BLOCK, BLOCK)
 
 
 def argmax(values: Tensor) -> Tensor:

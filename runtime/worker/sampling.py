@@ -239,12 +239,9 @@ class SamplingState:
         if len(rows) == len(tokens):
             return SampledTokens(tokens, *token_logprobs(logprobs, tokens, k))
         index = to_device(rows, self.device)
-        chosen, top_ids, top_logprobs = token_logprobs(logprobs, tokens[index], k)
-        sampled = SampledTokens(
-            tokens,
-            logprobs.new_full((len(tokens),), torch.nan),
-            top_ids.new_full((len(tokens), k), -1),
-            logprobs.new_full((len(tokens), k), torch.nan),
-        )
-        sampled.logprobs[index], sampled.top_ids[index], sampled.top_logprobs[index] = chosen, top_ids, top_logprobs
-        return sampled
+        found = token_logprobs(logprobs, tokens[index], k)
+        everywhere = []
+        for some, missing in zip(found, (torch.nan, -1, torch.nan), strict=True):
+            everywhere.append(some.new_full((len(tokens), *some.shape[1:]), missing))
+            everywhere[-1][index] = some
+        return SampledTokens(tokens, *everywhere)
