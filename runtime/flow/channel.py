@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Channel:
@@ -24,8 +24,9 @@ class Channel:
     def __len__(self) -> int:
         return len(self._records)
 
-    async def send(self, records: Sequence[Any]) -> None:
-        """Add records in order; waits only while the channel is full."""
+    async def send(self, records: Sequence[Any], give_back: Callable[[Sequence[Any]], None] | None = None) -> None:
+        """Add records in order; waits only while the channel is full. `give_back` gets those that a cancelled wait
+        leaves outside."""
         room = self._capacity - len(self._records)
         if len(records) <= room:
             self._records.extend(records)
@@ -36,7 +37,12 @@ class Channel:
             room = self._capacity - len(self._records)
             if room <= 0:
                 self._room = anyio.Event()
-                await self._room.wait()
+                try:
+                    await self._room.wait()
+                except BaseException:
+                    if give_back is not None:
+                        give_back(records[sent:])
+                    raise
                 continue
             self._records.extend(records[sent : sent + room])
             sent += room

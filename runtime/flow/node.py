@@ -102,8 +102,18 @@ class Node:
             request = request_of(record)
             if request is not None and not isinstance(record, TokenDelta):
                 self.ledger.fork(request, len(channels) - 1)
+        # A drain cancels a source while it waits here: what no longer gets in was never begun.
+        give_back = self._cancel if self.is_source else None
         for index, channel in enumerate(channels):
-            await channel.send([replace(record) for record in records] if index else records)
+            try:
+                await channel.send([replace(record) for record in records] if index else records, give_back)
+            except BaseException:
+                if give_back is not None:
+                    give_back(list(records) * (len(channels) - 1 - index))
+                raise
+
+    def _cancel(self, records: Sequence[Any]) -> None:
+        self.ledger.settle([(request, Outcome.CANCELLED) for request, _ in _endings(records)])
 
     async def reject(self, letters: Sequence[DeadLetter]) -> None:
         """Hand over failed records, as `on_error` says.

@@ -35,6 +35,7 @@ class Shuffle(Operator[OperatorConfig]):
     outputs = (Port("out"),)
     seed: int | None = None
     window = 100
+    drain_after: float = float("inf")
     computed = 0
 
     async def run(self, inlet, out):
@@ -43,6 +44,8 @@ class Shuffle(Operator[OperatorConfig]):
         async for requests in inlet:
             held += map(complete, requests)
             Shuffle.computed += len(requests)
+            if Shuffle.computed > self.drain_after:
+                self.context.request_drain("the test says so")
             if chance is not None:
                 chance.shuffle(held)
             while len(held) > self.window:
@@ -52,18 +55,18 @@ class Shuffle(Operator[OperatorConfig]):
         await out.send(held)
 
 
-async def run_flow(folder, seed=None):
+async def run_flow(folder, seed=None, drain_after=float("inf")):
     """in.jsonl -> out.jsonl, dead letters to dead.jsonl; returns how many requests were computed."""
     ledger, resume = Ledger(), ResumeIndex()
 
     def make(cls, name, **config):
-        context = OperatorContext(name, None, ledger, folder, lambda reason: None, resume)
+        context = OperatorContext(name, None, ledger, folder, lambda reason: flow.drain(reason), resume)
         return lambda: cls(cls.config_model(**config), context)
 
-    Shuffle.seed, Shuffle.computed = seed, 0
+    Shuffle.seed, Shuffle.drain_after, Shuffle.computed = seed, drain_after, 0
     factories = {
         "source": make(JsonlSource, "source", path="in.jsonl", batch_size=32),
-        "shuffle": make(Shuffle, "shuffle"),
+        "shuffle": make(Shuffle, "shuffle", buffer=10),
         "done": make(JsonlSink, "done", path="out.jsonl", fsync="never"),
         "dead": make(JsonlSink, "dead", path="dead.jsonl", fsync="never"),
     }
@@ -72,7 +75,8 @@ async def run_flow(folder, seed=None):
         Edge("shuffle", "out", "done", "in"),
         Edge("source", "error", "dead", "in"),
     ]
-    report = await Flow(factories, edges, ledger).run()
+    flow = Flow(factories, edges, ledger)
+    report = await flow.run()
     assert report.counters["in_flight"] == 0
     return Shuffle.computed
 
@@ -91,6 +95,15 @@ def test_a_second_run_computes_nothing(tmp_path):
     write_input(tmp_path / "in.jsonl", 500)
     assert anyio.run(run_flow, tmp_path) == 450
     assert anyio.run(run_flow, tmp_path) == 0
+    assert sorted(numbers(tmp_path / "out.jsonl") + numbers(tmp_path / "dead.jsonl")) == list(range(1, 501))
+
+
+@pytest.mark.parametrize("loop_name", ["asyncio", "trio"])
+def test_a_drained_run_ends_cleanly_and_the_next_one_does_the_rest(tmp_path, loop_name):
+    write_input(tmp_path / "in.jsonl", 500)
+    computed = anyio.run(run_flow, tmp_path, 7, 100, backend=loop_name)
+    assert 100 < computed < 200
+    assert computed + anyio.run(run_flow, tmp_path, 7, backend=loop_name) == 450
     assert sorted(numbers(tmp_path / "out.jsonl") + numbers(tmp_path / "dead.jsonl")) == list(range(1, 501))
 
 
