@@ -1,0 +1,184 @@
+"""Times of the backend's operations on the shape of qwen2.5-0.5b beside the machine's floor, measured in the same run.
+
+The floor of an operation is the larger of its bytes over the read bandwidth and its operations over the rate of a
+large square product. Weights are cycled through more memory than the caches hold, as a forward pass does.
+
+    python -m sageLLM.benchmarks.kernels --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..backends import StepLayout, detect_backend
+from ..config import BackendConfig, BackendType, DType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ..backends import Backend, Linear
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, BLOCK = 896, 4864, 14, 2, 64, 151936, 24, 16
+WEIGHTS = {
+    "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+    "output": (HIDDEN, HEADS * HEAD_DIM),
+    "gate_up": (2 * INNER, HIDDEN),
+    "down": (HIDDEN, INNER),
+    "lm_head": (VOCAB, HIDDEN),
+}
+STEPS = {  # (context, query length) of each sequence
+    "decode 1 x 512": [(512, 1)],
+    "decode 16 x 512": [(512, 1)] * 16,
+    "decode 16 x 64..1024": [(64 * index, 1) for index in range(1, 17)],
+    "prompt 512": [(512, 512)],
+    "chunk 512 after 1536": [(2048, 512)],
+    "4 chunks 32 after 1024": [(1056, 32)] * 4,
+}
+COLD_BYTES = 96 << 20
+SECONDS_PER_TIMING = 0.3
+
+
+class Bench:
+    """Measures one backend and collects the table."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.dtype = backend.compute_dtype(DType.AUTO, torch.bfloat16)
+        self.table = Table("operation", "rows", "ms", "floor ms", "of the floor", title=f"{backend.name}, {self.dtype}")
+        data = self.tensor(64 << 20).float()
+        target = torch.empty_like(data)
+        self.read_rate = data.nbytes / self.time(data.sum)
+        self.copy_rate = 2 * data.nbytes / self.time(partial(target.copy_, data))
+        square = self.tensor(2048, 2048)
+        self.product_rate = 2 * 2048**3 / self.time(partial(torch.mm, square, square))
+
+    def tensor(self, *shape: int) -> torch.Tensor:
+        """Normal values on the device in the compute dtype."""
+        return torch.randn(shape).to(self.backend.device, self.dtype)
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Seconds of the fastest of many calls: what the code costs when nothing else runs."""
+        call()
+        self.backend.synchronize()
+        times: list[float] = []
+        begun = time.perf_counter()
+        while len(times) < 5 or time.perf_counter() - begun < SECONDS_PER_TIMING:
+            start = time.perf_counter()
+            call()
+            self.backend.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def add(self, name: str, rows: int, seconds: float, num_bytes: float, operations: float) -> None:
+        """One line of the table; no bytes and no operations: work that has no floor."""
+        floor = max(num_bytes / self.read_rate, operations / self.product_rate)
+        columns = (f"{floor * 1e3:.3f}", f"{floor / seconds:.0%}") if floor else ()
+        self.table.add_row(name, str(rows), f"{seconds * 1e3:.3f}", *columns)
+
+    def linears(self) -> None:
+        """Every product of a layer, and the head, with bfloat16 weights."""
+
+        def call_next(turn: Iterator[Linear], x: torch.Tensor) -> torch.Tensor:
+            return next(turn)(x)
+
+        for name, (width, depth) in WEIGHTS.items():
+            num_bytes = 2 * width * depth
+            copies = math.ceil(COLD_BYTES / num_bytes)
+            packed = [
+                self.backend.linear(torch.randn(width, depth).mul_(0.02).bfloat16(), None, self.dtype)
+                for _ in range(copies)
+            ]
+            self.backend.synchronize()
+            for rows in (1, 4, 16, 256) if width < VOCAB else (1, 4, 16):
+                seconds = self.time(partial(call_next, itertools.cycle(packed), self.tensor(rows, depth)))
+                self.add(name, rows, seconds, num_bytes, 2 * rows * width * depth)
+
+    def attention(self) -> None:
+        """One layer's attention, K and V of the step written to the pool; and its plan, made once for all layers."""
+        num_blocks = 16 * 1024 // BLOCK
+        kv = self.backend.allocate_kv((num_blocks, LAYERS, 2, KV_HEADS, BLOCK, HEAD_DIM), self.dtype).normal_()
+        for name, sequences in STEPS.items():
+            layout = lay_out(sequences, num_blocks)
+            tokens = len(layout.positions)
+            q, k, v = (self.tensor(tokens, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+            plan = self.backend.plan_attention(layout, kv, HEADS)
+
+            def attend_next(
+                turn: Iterator[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: object
+            ) -> torch.Tensor:
+                return self.backend.attend(q, k, v, kv, next(turn), plan, HEAD_DIM**-0.5)
+
+            seconds = self.time(partial(attend_next, itertools.cycle(range(LAYERS)), q, k, v, plan))
+            read = sum(context for context, _ in sequences) * 2 * KV_HEADS * HEAD_DIM * kv.element_size()
+            seen = sum(length * (context - (length - 1) / 2) for context, length in sequences)
+            self.add(name, tokens, seconds, read, 4 * HEADS * HEAD_DIM * seen)
+            self.add("  its plan", tokens, self.time(partial(self.backend.plan_attention, layout, kv, HEADS)), 0, 0)
+
+    def elementwise(self) -> None:
+        """What lies between the products."""
+        backend, size = self.backend, torch.empty(0, dtype=self.dtype).element_size()
+        for rows in (1, 16, 512):
+            x, residual, weight = self.tensor(rows, HIDDEN), self.tensor(rows, HIDDEN), self.tensor(HIDDEN)
+            heads, table = self.tensor(rows, HEADS + KV_HEADS, HEAD_DIM), self.tensor(rows, 1, HEAD_DIM)
+            gate_up = self.tensor(rows, 2 * INNER)
+            for name, call, elements in (
+                ("add_rms_norm", partial(backend.add_rms_norm, x, residual, weight, 1e-6), 4 * x.numel()),
+                ("apply_rope", partial(backend.apply_rope, heads, table, table), 2 * heads.numel()),
+                ("silu_and_mul", partial(backend.silu_and_mul, gate_up), 1.5 * gate_up.numel()),
+            ):
+                self.add(name, rows, self.time(call), elements * size, 0)
+
+
+def lay_out(sequences: list[tuple[int, int]], num_blocks: int) -> StepLayout:
+    """A step of (context, query length) sequences on scattered blocks; those of one token come first."""
+    ids = iter(torch.randperm(num_blocks).tolist())
+    width = max(-(-context // BLOCK) for context, _ in sequences)
+    tables = torch.zeros(len(sequences), width, dtype=torch.int64)
+    slots = []
+    for row, (context, length) in enumerate(sequences):
+        count = -(-context // BLOCK)
+        tables[row, :count] = torch.tensor(list(itertools.islice(ids, count)))
+        place = torch.arange(context - length, context)
+        slots.append(tables[row, place // BLOCK] * BLOCK + place % BLOCK)
+    return StepLayout(
+        positions=torch.cat([torch.arange(context - length, context) for context, length in sequences]),
+        slots=torch.cat(slots),
+        block_tables=tables,
+        context_lens=torch.tensor([context for context, _ in sequences]),
+        query_lens=[length for _, length in sequences],
+        num_decodes=sum(length == 1 for _, length in sequences),
+    )
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 is every core")
+    parser.add_argument("--backend", choices=[kind.value for kind in BackendType], help="default: what is there")
+    options = parser.parse_args()
+    wanted = None if options.backend is None else BackendType(options.backend)
+    bench = Bench(detect_backend(BackendConfig(backend_type=wanted, threads=options.threads)))
+    bench.linears()
+    bench.attention()
+    bench.elementwise()
+    console = Console(width=100)
+    console.print(bench.table)
+    console.print(
+        f"read {bench.read_rate / 1e9:.1f} GB/s, copy {bench.copy_rate / 1e9:.1f} GB/s (read + write), "
+        f"product {bench.product_rate / 1e9:.0f} GFLOP/s, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
