@@ -66,7 +66,6 @@ edges:
         self.size_bytes = 0
         self.read_bytes = 0  # for a progress display: reaches size_bytes at the end
         self._fd = -1
-        self._begun = os.stat_result(range(10))
         self._fingerprint = ""
         self._finished: list[LineSet] = []
 
