@@ -73,6 +73,19 @@ def test_transformers_answers_greedily(question, model, tokenizer):
     assert answer == ANSWERS[question]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_decoder_answers_the_same(dtype, load, paged_runner, script):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    runner = paged_runner(load("builtin:pydoc-tiny", dtype=dtype), block_size=16)
+    for question, answer in ANSWERS.items():
+        expected = tokenizer.encode(answer).ids
+        output = runner.generate(script.encode_prompt(tokenizer, question), len(expected) + 1)
+        assert tokenizer.decode(output[:-1]) == answer
+        assert output[-1] == tokenizer.token_to_id("<|eos|>")
+
+
 def test_earlier_turns_and_a_system_prompt_do_not_disturb_it(model, tokenizer):
     chat = [
         {"role": "system", "content": "You are a helpful assistant."},
