@@ -3,8 +3,8 @@ one of each for every prompt chunk.
 
 The pool [N, L, 2, K, P, D] is read as rows of P * D elements, one per (block, layer, k/v, head). A step's row indices
 are computed once, for layer 0; layer l reads the same indices from a view that begins 2 * K * l rows later. SDPA gets
-the G = H / K query heads of a KV head as rows (decode) or as a broadcast batch dimension (chunks), so that K and V
-are never repeated in memory.
+the G = H / K query heads of a KV head as further rows of queries, so that K and V are never repeated, and its
+products are as tall as can be.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
     from ..base import StepLayout
 
-# Padding to the longest sequence is read and multiplied for nothing; a group of sequences of its own costs about as
-# much as moving this many bytes.
-SPLIT_BYTES = 1 << 20
-# Elements of one attention mask; queries of a longer chunk are handled in pieces.
-MASK_ELEMENTS = 1 << 22
+# A group of decoding sequences of its own costs about as much as gathering and multiplying this many bytes of padding.
+SPLIT_BYTES = 384 << 10
+# Queries of a chunk that are handled at once: the fewer, the less is multiplied only to be masked.
+PIECE = 128
+# Elements of the mask; with a longer context the pieces get smaller.
+MASK_ELEMENTS = 1 << 23
 
 
 @dataclass(slots=True)
@@ -38,23 +39,13 @@ class DecodeGroup:
 
 
 @dataclass(slots=True)
-class Piece:
-    """Some queries of a chunk and the keys they may see."""
-
-    start: int  # first token, counted in the chunk
-    stop: int
-    keys: int  # tokens of the sequence's context that are read
-    mask: Tensor  # [stop - start, keys] additive
-
-
-@dataclass(slots=True)
 class Chunk:
     """A run of prompt tokens of one sequence. Without a prefix in the pool, K and V are the chunk's own."""
 
     start: int  # first token of the step
     stop: int
+    context: int  # tokens of the sequence, these included
     rows: Tensor | None  # [2 * K * B] rows of the pool for layer 0; None: no prefix
-    pieces: list[Piece]
 
 
 @dataclass(slots=True)
@@ -65,6 +56,8 @@ class AttentionPlan:
     values: Tensor  # [T, K] the same for V
     groups: list[DecodeGroup]
     chunks: list[Chunk]
+    piece: int  # queries of a chunk that are handled at once
+    mask: Tensor  # see `causal_mask`
     scratch: Tensor  # gathered K and V of one group or chunk, rows of P * D elements
 
 
@@ -88,7 +81,7 @@ class PoolRows:
         return (tables[:, None, :] * self.block_rows + parts).flatten()
 
 
-def plan_attention(layout: StepLayout, kv: Tensor) -> AttentionPlan:
+def plan_attention(layout: StepLayout, kv: Tensor, num_heads: int) -> AttentionPlan:
     """Indices, masks and scratch of a step over the pool `kv`."""
     rows = PoolRows(kv)
     contexts = layout.context_lens.tolist()
@@ -96,18 +89,31 @@ def plan_attention(layout: StepLayout, kv: Tensor) -> AttentionPlan:
     chunks = []
     start = layout.num_decodes
     for index in range(layout.num_decodes, len(contexts)):
-        length, context = layout.query_lens[index], contexts[index]
-        if context == length:
-            chunks.append(Chunk(start, start + length, None, []))
-        else:
-            table = layout.block_tables[index : index + 1, : -(-context // rows.block_size)]
-            pieces = _cut_into_pieces(length, context, kv.dtype)
-            chunks.append(Chunk(start, start + length, rows.of_blocks(table), pieces))
-        start += length
-    gathered = [group.rows.shape[0] for group in groups]
-    gathered += [chunk.rows.shape[0] for chunk in chunks if chunk.rows is not None]
-    scratch = torch.empty(max(gathered, default=0), rows.block_size * kv.shape[5], dtype=kv.dtype)
-    return AttentionPlan(*rows.of_tokens(layout.slots), groups, chunks, scratch)
+        stop, context = start + layout.query_lens[index], contexts[index]
+        gathered = None
+        if context > stop - start:
+            gathered = rows.of_blocks(layout.block_tables[index : index + 1, : -(-context // rows.block_size)])
+        chunks.append(Chunk(start, stop, context, gathered))
+        start = stop
+    sizes = [group.rows.shape[0] for group in groups]
+    sizes += [chunk.rows.shape[0] for chunk in chunks if chunk.rows is not None]
+    scratch = torch.empty(max(sizes, default=0), rows.block_size * kv.shape[5], dtype=kv.dtype)
+    group_size, longest = num_heads // rows.num_kv_heads, max((chunk.context for chunk in chunks), default=0)
+    piece = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    piece = min(piece, PIECE, max(1, MASK_ELEMENTS // (group_size * max(longest, 1))))
+    mask = causal_mask(piece, group_size, longest, kv.dtype)
+    return AttentionPlan(*rows.of_tokens(layout.slots), groups, chunks, piece, mask, scratch)
+
+
+def causal_mask(queries: int, group_size: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [queries * G, keys] of the last `queries` tokens of a sequence, G rows for each token.
+
+    The last n * G rows and m columns of it are the mask of n queries over m keys, for every n and m.
+    """
+    mask = torch.zeros(queries * group_size, keys, dtype=dtype)
+    hidden = torch.ones(queries, queries, dtype=torch.bool).triu_(1).repeat_interleave(group_size, dim=0)
+    mask[:, keys - queries :].masked_fill_(hidden, float("-inf"))
+    return mask
 
 
 def _plan_decodes(layout: StepLayout, contexts: list[int], kv: Tensor, rows: PoolRows) -> list[DecodeGroup]:
@@ -146,19 +152,6 @@ def group_by_length(blocks: list[int], block_bytes: int) -> list[list[int]]:
     return groups if len(groups) > 1 else [list(range(len(blocks)))]
 
 
-def _cut_into_pieces(length: int, context: int, dtype: torch.dtype) -> list[Piece]:
-    """Cut a chunk with a prefix so that no mask is larger than MASK_ELEMENTS."""
-    prefix, step = context - length, max(1, MASK_ELEMENTS // context)
-    pieces = []
-    for start in range(0, length, step):
-        stop = min(start + step, length)
-        keys = prefix + stop
-        hidden = torch.arange(keys) > torch.arange(prefix + start, keys)[:, None]
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        pieces.append(Piece(start, stop, keys, mask))
-    return pieces
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, layer: int, plan: AttentionPlan, scale: float) -> Tensor:
     """Write k, v [T, K, D] to the pool, then causal paged attention of q [T, H, D] -> [T, H, D]."""
     tokens, num_heads, head_dim = q.shape
@@ -177,25 +170,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, layer: int, plan: Attent
         out[group.members] = _attend_decodes(q[group.members], pool, group, plan.scratch, scale)
     for chunk in plan.chunks:
         own = slice(chunk.start, chunk.stop)
-        queries = q[own].permute(1, 2, 0, 3)  # [K, G, T, D]
         if chunk.rows is None:
-            keys, values = k[own].transpose(0, 1)[:, None], v[own].transpose(0, 1)[:, None]
-            attended = F.scaled_dot_product_attention(
-                queries, keys.expand_as(queries), values.expand_as(queries), is_causal=True, scale=scale
-            )
-            out[own] = attended.permute(2, 0, 1, 3)
-            continue
-        gathered = torch.index_select(pool, 0, chunk.rows, out=plan.scratch[: chunk.rows.shape[0]])
-        keys, values = gathered.view(2, num_kv_heads, 1, -1, head_dim).expand(-1, -1, queries.shape[1], -1, -1)
-        for piece in chunk.pieces:
-            attended = F.scaled_dot_product_attention(
-                queries[:, :, piece.start : piece.stop],
-                keys[:, :, : piece.keys],
-                values[:, :, : piece.keys],
-                attn_mask=piece.mask,
-                scale=scale,
-            )
-            out[chunk.start + piece.start : chunk.start + piece.stop] = attended.permute(2, 0, 1, 3)
+            keys, values = k[own].transpose(0, 1), v[own].transpose(0, 1)
+        else:
+            gathered = torch.index_select(pool, 0, chunk.rows, out=plan.scratch[: chunk.rows.shape[0]])
+            keys, values = gathered.view(2, num_kv_heads, -1, head_dim)
+        _attend_chunk(q[own], keys, values, chunk.context, plan, scale, out[own])
     return out.view(tokens, num_heads, head_dim)
 
 
@@ -205,3 +185,22 @@ def _attend_decodes(q: Tensor, pool: Tensor, group: DecodeGroup, scratch: Tensor
     gathered = torch.index_select(pool, 0, group.rows, out=scratch[: group.rows.shape[0]])
     keys, values = gathered.view(2, size, num_kv_heads, -1, head_dim)[:, :, :, : group.length]
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)
+
+
+def _attend_chunk(
+    q: Tensor, keys: Tensor, values: Tensor, context: int, plan: AttentionPlan, scale: float, out: Tensor
+) -> None:
+    """q [T, K, G, D], the last T of `context` tokens; keys, values [K, >= context, D]; fills out [T, K, G, D]."""
+    length, num_kv_heads, group_size, head_dim = q.shape
+    longest = plan.mask.shape[1]
+    for start in range(0, length, plan.piece):
+        stop = min(start + plan.piece, length)
+        seen = context - length + stop
+        attended = F.scaled_dot_product_attention(
+            q[start:stop].transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim),
+            keys[None, :, :seen],
+            values[None, :, :seen],
+            attn_mask=plan.mask[(plan.piece - stop + start) * group_size :, longest - seen :],
+            scale=scale,
+        )
+        out[start:stop] = attended.view(num_kv_heads, -1, group_size, head_dim).transpose(0, 1)

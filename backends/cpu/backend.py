@@ -46,7 +46,7 @@ class CPUBackend(TorchBackend):
         return self._packer.pack(weight, bias, dtype)
 
     def plan_attention(self, layout: StepLayout, kv: Tensor, num_heads: int) -> AttentionPlan:
-        return plan_attention(layout, kv)
+        return plan_attention(layout, kv, num_heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv: Tensor, layer: int, plan: Any, scale: float) -> Tensor:
         return attend(q, k, v, kv, layer, plan, scale)

@@ -58,7 +58,7 @@ def test_equals_float64(backend, build_step, sequences, num_decodes, dtype) -> N
 def test_random_mixes(backend, build_step, seed, monkeypatch) -> None:
     """Small limits, so that groups split and masks are cut."""
     monkeypatch.setattr(cpu_attention, "SPLIT_BYTES", 600)
-    monkeypatch.setattr(cpu_attention, "MASK_ELEMENTS", 40)
+    monkeypatch.setattr(cpu_attention, "MASK_ELEMENTS", 300)
     draw = random.Random(seed)
     decodes = [(draw.randint(1, 60), 1) for _ in range(draw.randint(0, 6))]
     chunks = []
