@@ -127,7 +127,8 @@ class KVCacheConfig(Config):
 
     @model_validator(mode="after")
     def _available(self) -> KVCacheConfig:
-        _refuse(self.granularity is not KVGranularity.BLOCK, f"kv_cache.granularity {self.granularity.name}", "use BLOCK")
+        coarse = self.granularity is KVGranularity.BLOCK
+        _refuse(not coarse, f"kv_cache.granularity {self.granularity.name}", "use BLOCK")
         tiered = self.enable_tiering or self.ddr_ratio > 0 or self.nvme_ratio > 0 or self.nvme_path is not None
         _refuse(tiered or self.hbm_ratio < 1, "kv_cache tiering", "leave enable_tiering, the ratios and nvme_path out")
         _refuse(self.enable_migration, "kv_cache.enable_migration", "leave it false")

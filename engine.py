@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -18,7 +19,7 @@ from .runtime.calls import CallDesk, FutureCaller
 from .runtime.flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
     from types import TracebackType
 
     from .runtime.flow.flow import Flow
@@ -192,9 +193,8 @@ class SageLLMEngine:
 
         pipeline = build_pipeline(standard_pipeline(self.config), base_dir=Path.cwd())
         services = EngineServices(pipeline.engine)
-        calls = services.calls
         await anyio.to_thread.run_sync(lambda: services.worker)
-        flow = assemble(pipeline, services)
+        flow, calls = assemble(pipeline, services), services.calls
         flow.ledger.on_settled(lambda settled: self._settle(calls, settled))
         self._services, self._flow, self._calls = services, flow, calls
         async with services.running():
@@ -250,7 +250,7 @@ class SageLLMEngine:
 
     def _desk(self) -> CallDesk:
         if self._calls is None:
-            raise EngineClosedError("the engine is not running: call initialize() first, or use it as a context manager")
+            raise EngineClosedError("the engine is not running: call initialize(), or use it as a context manager")
         return self._calls
 
     async def generate_async(self, request: GenerateRequest) -> GenerateOutput:
@@ -260,28 +260,28 @@ class SageLLMEngine:
             RequestError: the request is bad or failed.
             EngineClosedError: the engine is not running.
         """
-        async for record in self._follow(request.to_record()):
-            if not isinstance(record, TokenDelta):
-                return _to_output(record, strict=True)
+        async with aclosing(self._follow(request.to_record())) as records:
+            async for record in records:
+                if not isinstance(record, TokenDelta):
+                    return _to_output(record, strict=True)
         raise EngineClosedError("the engine was shut down")
 
-    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[int]:
+    async def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[int, None]:
         """Yield the first choice's token ids as they are chosen; leaving the loop early cancels the request.
 
         Raises:
             RequestError: the request is bad or failed.
             EngineClosedError: the engine is not running.
         """
-        async for record in self._follow(request.to_record(stream=True)):
-            if isinstance(record, TokenDelta):
-                if record.choice == 0:
+        async with aclosing(self._follow(request.to_record(stream=True))) as records:
+            async for record in records:
+                if not isinstance(record, TokenDelta):
+                    _to_output(record, strict=True)
+                elif record.choice == 0:
                     for token in record.tokens:
                         yield token
-            else:
-                _to_output(record, strict=True)
-                return
 
-    async def _follow(self, request: Request) -> AsyncIterator[TokenDelta | Completion | DeadLetter]:
+    async def _follow(self, request: Request) -> AsyncGenerator[TokenDelta | Completion | DeadLetter, None]:
         desk = self._desk()
         caller = _StreamCaller()
         desk.submit([(request, caller)])

@@ -90,7 +90,8 @@ class Transformers:
 
         if threads:
             torch.set_num_threads(threads)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        loader: Any = AutoModelForCausalLM
+        self._model = loader.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     def run(self, workload: Workload) -> tuple[Measurement, list[list[int]]]:
         import torch
@@ -98,7 +99,7 @@ class Transformers:
 
         first_token: list[float] = []
 
-        class Clock(StoppingCriteria):  # type: ignore[misc]
+        class Clock(StoppingCriteria):
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
                 first_token.append(time.perf_counter())
                 return torch.zeros(input_ids.shape[0], dtype=torch.bool)

@@ -40,7 +40,8 @@ def compare_command(peer: str, workloads: tuple[str, ...], dtype: str, threads: 
 
     unknown = [name for name in workloads if name not in WORKLOADS]
     if unknown:
-        raise click.BadParameter(f"no workload {unknown[0]!r}; there is: {', '.join(WORKLOADS)}", param_hint="--workload")
+        known = ", ".join(WORKLOADS)
+        raise click.BadParameter(f"no workload {unknown[0]!r}; there is: {known}", param_hint="--workload")
     results = compare(workloads or WORKLOADS, peer, dtype, threads, runs, lambda text: click.echo(text, err=True))
     click.echo(format_comparison(results))
 

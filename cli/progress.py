@@ -11,6 +11,7 @@ import anyio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from ..graph import Pipeline
     from ..operators.metrics import MetricsSummary
@@ -23,7 +24,7 @@ _LIVE_INTERVAL_S = 0.2
 class Reporter(Protocol):
     """Tells a person how a run goes."""
 
-    def loading(self, pipeline: Pipeline) -> _Context:
+    def loading(self, pipeline: Pipeline) -> AbstractContextManager[None]:
         """Around the loading of the model."""
         ...
 
@@ -34,11 +35,6 @@ class Reporter(Protocol):
     def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
         """Show the end."""
         ...
-
-
-class _Context(Protocol):
-    def __enter__(self) -> None: ...
-    def __exit__(self, *error: object) -> bool | None: ...
 
 
 def make_reporter(quiet: bool) -> Reporter:

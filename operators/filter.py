@@ -36,7 +36,9 @@ class Filter(Operator[FilterConfig]):
         self._function = find_function(self.config.function)
 
     async def process(self, records: list[Any], out: Outlet) -> None:
-        kept, dropped, letters = [], [], []
+        kept: list[Any] = []
+        dropped: list[Any] = []
+        letters: list[DeadLetter] = []
         for record in records:
             try:
                 keep = self._function(record)

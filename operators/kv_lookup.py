@@ -32,7 +32,7 @@ class KVLookup(Operator[OperatorConfig]):
 
     async def process(self, records: list[Any], out: Outlet) -> None:
         kv = self.context.engine.kv
-        found = []
+        found: list[Any] = []
         for sequence in records:
             hit = self._look_up(kv, sequence, found)
             sequence.kv = PrefixHint(hit)

@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..records import DeadLetter
 from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
+from ..runtime.worker.sampling_checks import check_sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,7 +50,7 @@ class Schedule(Operator[ScheduleConfig]):
     async def open(self) -> None:
         engine = self.context.engine
         self._leases, self._waiting = engine.leases, engine.waiting
-        self._returned: Mailbox[None] = Mailbox()
+        self._returned: Mailbox[None] = Mailbox(across_threads=not self.context.engine.is_null)
         self._room = anyio.Event()
         self._ended = False
         engine.worker.on_leases_returned = self._wake
@@ -63,10 +64,12 @@ class Schedule(Operator[ScheduleConfig]):
             await self._grant(out)
 
     async def _read(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        vocab_size = self.context.engine.model.vocab_size
         async for records in inlet:
             refused = []
             for sequence in records:
                 try:
+                    check_sampling(sequence.sampling, vocab_size)
                     self._leases.check_fits(sequence)
                     self._waiting.offer(sequence)
                 except RequestError as error:

@@ -176,7 +176,8 @@ class EngineServices:
                 "queried_tokens": cache.queried_tokens,
                 "hit_tokens": cache.hit_tokens,
                 "hit_rate": cache.hit_tokens / cache.queried_tokens if cache.queried_tokens else 0.0,
-                "evictions": cache.evictions,
+                "evicted_blocks": cache.evicted_blocks,
+                "cached_blocks": cache.cached_blocks,
             }
         if "worker" in self.__dict__:
             stats["worker"] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ...errors import ErrorRatioExceededError, FlowError, OperatorFailedError
+from ...errors import ErrorRatioExceededError, FlowError, OperatorFailedError, SageLLMError
 from .channel import Channel
 from .node import Node
 
@@ -55,7 +55,7 @@ class Flow:
         self._sources: dict[str, anyio.CancelScope] = {}
         self._scope = anyio.CancelScope()
         self._drain_reason: str | None = None
-        self._failure: FlowError | None = None
+        self._failure: SageLLMError | None = None
         self._connect(edges)
         if max_error_ratio is not None:
             ledger.on_failed(self._check_ratio)
@@ -110,6 +110,7 @@ class Flow:
             OperatorFailedError: an operator failed more often than its restart policy allows.
             ErrorRatioExceededError: too large a share of records failed.
             FlowError: an operator with `on_error: fail` met a bad record, the run was aborted, or records vanished.
+            SageLLMError: an operator cannot open, or cannot go on (SourceChangedError, OutputLockedError, ModelError).
         """
         start = time.monotonic()
         opened: list[Node] = []
@@ -122,11 +123,11 @@ class Flow:
                     for node in self._nodes.values():
                         tasks.start_soon(self._run_node, node, name=f"operator {node.name}")
         except BaseExceptionGroup as group:
-            flow_errors, others = group.split(FlowError)
+            meant, others = group.split(SageLLMError)
             if others is not None:
                 raise
-            assert flow_errors is not None
-            self._failure = self._failure or _first(flow_errors)
+            assert meant is not None
+            self._failure = self._failure or _first(meant)
         finally:
             with anyio.CancelScope(shield=True):
                 for node in opened:
@@ -137,7 +138,7 @@ class Flow:
         if self._failure is not None:
             raise self._failure
         if vanished:
-            raise FlowError(f"{vanished} requests were taken by an operator that neither sent, rejected nor dropped them")
+            raise FlowError(f"{vanished} requests vanished: an operator neither sent, rejected nor dropped them")
         self._check_ratio(final=True)
         if self._failure is not None:
             raise self._failure
@@ -154,8 +155,8 @@ class Flow:
                 try:
                     await node.operator.run(node.records(), node)
                     break
-                except FlowError:
-                    raise
+                except SageLLMError:
+                    raise  # meant: another instance would meet the same
                 except Exception as error:
                     await self._restart(node, error)
         if not self._scope.cancel_called:
@@ -165,11 +166,11 @@ class Flow:
         log.warning("operator %s failed: %r", node.name, error)
         letters = node.take_unfinished(error)
         if not node.may_restart():
-            failure = OperatorFailedError(
-                f"operator {node.name} failed {len(node.failures)} times in {node.operator.config.restart.window_s:g} s, "
+            window = node.operator.config.restart.window_s
+            raise OperatorFailedError(
+                f"operator {node.name} failed {len(node.failures)} times in {window:g} s, "
                 f"the last time with {type(error).__name__}: {error}"
-            )
-            raise failure from error
+            ) from error
         node.stats.restarts += 1
         await node.reject(letters)
         await self._close(node)
@@ -197,9 +198,9 @@ class Flow:
             )
 
 
-def _first(group: BaseExceptionGroup[FlowError]) -> FlowError:
+def _first(group: BaseExceptionGroup[SageLLMError]) -> SageLLMError:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    assert isinstance(error, FlowError)
+    assert isinstance(error, SageLLMError)
     return error

@@ -83,17 +83,18 @@ class Mailbox(Generic[T]):
         return items
 
     async def _wait(self) -> None:
+        event = anyio.Event()
         with self._lock:
             ready = self._rung or self._closed
             if not ready:
                 self._waiting = True
-                self._event = anyio.Event()
+                self._event = event
         if ready:
             await anyio.lowlevel.checkpoint()
             return
         try:
             if self._bell is None:
-                await self._event.wait()
+                await event.wait()
             else:
                 await anyio.wait_readable(self._bell[0])
         finally:

@@ -53,7 +53,7 @@ class Node:
 
     @property
     def is_source(self) -> bool:
-        return self.inlet is None
+        return not self.operator.inputs
 
     @property
     def is_sink(self) -> bool:
@@ -178,7 +178,7 @@ class Node:
         self.failures.append(now)
         while self.failures[0] < now - policy.window_s:
             self.failures.popleft()
-        return len(self.failures) <= policy.max_restarts
+        return len(self.failures) <= int(policy.max_restarts)
 
     def end(self) -> None:
         """No more records come from here."""

@@ -33,6 +33,7 @@ def oracle(folder):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # nothing is masked, nothing ends
     known = {}
 
     def greedy(prompt, count):
@@ -40,9 +41,8 @@ def oracle(folder):
         if len(known.get(key, ())) < count:
             ids = torch.tensor([prompt])
             made = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, do_sample=False,
-                pad_token_id=0,
-            )  # fmt: skip
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0
+            )
             known[key] = made[0, len(prompt) :].tolist()
         return known[key][:count]
 

@@ -1,0 +1,195 @@
+"""The Python API: one call, lists, threads, event loops, endings, and what get_stats tells."""
+
+from __future__ import annotations
+
+import threading
+
+import anyio
+import pytest
+import torch
+
+from sageLLM import GenerateRequest, ModelConfig, SageLLMConfig, SageLLMEngine, SchedulerConfig
+from sageLLM.errors import EngineClosedError, ModelNotFoundError, RequestError
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint_folder):
+    return checkpoint_folder("qwen2")
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    config = SageLLMConfig(
+        model=ModelConfig(model_id=str(folder)),
+        kv_cache={"max_tokens": 4096},
+        backend={"backend_type": "cpu", "threads": 1},
+    )
+    with SageLLMEngine(config) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def greedy(folder):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # as ignore_eos: nothing is masked, nothing ends
+
+    def generate(prompt, count):
+        ids = torch.tensor([prompt])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+                              pad_token_id=0)  # fmt: skip
+        return made[0, len(prompt) :].tolist()
+
+    return generate
+
+
+def ask(prompt, count=8, **options):
+    return GenerateRequest(prompt_tokens=prompt, max_new_tokens=count, temperature=0.0, ignore_eos=True, **options)
+
+
+def test_generate_equals_transformers(engine, greedy):
+    output = engine.generate(ask([5, 6, 7, 8], 12, request_id="mine"))
+    assert output.request_id == "mine"
+    assert output.output_tokens == greedy([5, 6, 7, 8], 12)
+    assert output.finish_reason == "length"
+    assert 0 < output.metrics.ttft_ms <= output.metrics.e2e_ms
+    assert output.metrics.tpot_ms > 0
+    assert output.metrics.throughput_tps > 0
+
+
+def test_a_list_gives_outputs_in_order(engine, greedy):
+    prompts = [[i, i + 1, i + 2] for i in range(5, 25)]
+    outputs = engine.generate([ask(prompt) for prompt in prompts])
+    assert [o.output_tokens for o in outputs] == [greedy(prompt, 8) for prompt in prompts]
+
+
+def test_a_bad_request_in_a_list_does_not_lose_the_good_ones(engine):
+    good, bad = engine.generate([ask([5, 6]), ask([10**6])])
+    assert good.error is None
+    assert bad.finish_reason == "error"
+    assert "1000000" in bad.error
+
+
+def test_a_single_bad_request_raises(engine):
+    with pytest.raises(RequestError, match="top_p"):
+        engine.generate(ask([5, 6], top_p=7.0))
+    with pytest.raises(RequestError, match="exactly one"):
+        engine.generate(GenerateRequest())
+
+
+def test_text_in_text_out(engine):
+    output = engine.generate(GenerateRequest(prompt="the quick brown", max_new_tokens=6, temperature=0.0))
+    assert isinstance(output.text, str)
+    assert output.text
+
+
+def test_five_shared_tokens_are_a_cache_hit(engine):
+    before = engine.get_stats()["kv_cache"]["cache_hits"]
+    engine.generate(ask([201, 202, 203, 204, 205, 6, 7]))
+    output = engine.generate(ask([201, 202, 203, 204, 205, 90, 91]))
+    assert output.metrics.prefix_hit_tokens == 5
+    assert engine.get_stats()["kv_cache"]["cache_hits"] == before + 1
+
+
+def test_calls_from_many_threads_are_batched(engine, greedy):
+    outputs = {}
+
+    def call(i):
+        outputs[i] = engine.generate(ask([30 + i, 31, 32], 40)).output_tokens
+
+    steps = engine.get_stats()["worker"]["steps"]
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outputs == {i: greedy([30 + i, 31, 32], 40) for i in range(8)}
+    assert engine.get_stats()["worker"]["steps"] - steps < 8 * 40
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_async_calls(engine, greedy, backend):
+    async def main():
+        tokens = [token async for token in engine.generate_stream(ask([9, 10, 11], 10))]
+        output = await engine.generate_async(ask([9, 10, 11], 10))
+        return tokens, output.output_tokens
+
+    expected = greedy([9, 10, 11], 10)
+    assert anyio.run(main, backend=backend) == (expected, expected)
+
+
+def test_leaving_a_stream_cancels_the_request(engine):
+    async def main():
+        stream = engine.generate_stream(ask([9, 10, 11], 200))
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    before = engine.get_stats()["requests"]["cancelled"]
+    anyio.run(main)
+    engine.generate(ask([1, 2, 3]))
+    for _ in range(200):
+        requests = engine.get_stats()["requests"]
+        if requests["in_flight"] == 0:
+            break
+        engine.generate(ask([1, 2, 3], 1))
+    assert requests["cancelled"] == before + 1
+
+
+def test_stop_strings_end_the_text_before_them(engine):
+    whole = engine.generate(ask([40, 41, 42], 30)).text
+    stop = whole[5:8]
+    output = engine.generate(ask([40, 41, 42], 30, stop_sequences=[stop]))
+    assert output.finish_reason == "stop"
+    assert output.text == whole[: whole.index(stop)]
+    assert output.choices[0].stop_matched == stop
+
+
+def test_n_choices_with_a_seed(engine):
+    request = GenerateRequest(prompt_tokens=[5, 6, 7], max_new_tokens=10, n=3, seed=4, ignore_eos=True)
+    first, second = engine.generate(request), engine.generate(request)
+    assert len(first.choices) == 3
+    assert [c.output_tokens for c in first.choices] == [c.output_tokens for c in second.choices]
+    assert first.choices[0].output_tokens != first.choices[1].output_tokens
+
+
+def test_nothing_is_left_when_idle(engine):
+    engine.generate([ask([i, 3, 4]) for i in range(20)])
+    stats = engine.get_stats()
+    assert stats["initialized"]
+    assert stats["backend"] == "cpu"
+    assert stats["requests"]["in_flight"] == 0
+    assert stats["kv_pool"]["available_blocks"] == stats["kv_pool"]["num_blocks"]
+
+
+def test_shutdown_finishes_what_is_in_flight_and_refuses_the_rest(folder):
+    engine = SageLLMEngine(SageLLMConfig(model=ModelConfig(model_id=str(folder)), kv_cache={"max_tokens": 1024}))
+    with pytest.raises(EngineClosedError, match="initialize"):
+        engine.generate(ask([1, 2]))
+    engine.initialize()
+    engine.initialize()
+    results = []
+    thread = threading.Thread(target=lambda: results.append(engine.generate([ask([1, 2], 60), ask([3], 60)])))
+    thread.start()
+    while not engine.get_stats()["requests"]["accepted"]:
+        pass
+    engine.shutdown()
+    engine.shutdown()
+    thread.join()
+    assert [len(o.output_tokens) for o in results[0]] == [60, 60]
+    with pytest.raises(EngineClosedError):
+        engine.generate(ask([1, 2]))
+    assert engine.get_stats()["initialized"] is False
+
+
+def test_a_model_that_does_not_exist_is_one_clear_error(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelNotFoundError, match="no/such-model"):
+        SageLLMEngine(SageLLMConfig(model=ModelConfig(model_id="no/such-model"))).initialize()
+
+
+def test_a_request_past_its_deadline_says_timeout(folder):
+    config = SageLLMConfig(model=ModelConfig(model_id=str(folder)), scheduler=SchedulerConfig(request_timeout_s=1e-4))
+    with SageLLMEngine(config) as engine:
+        assert engine.generate(ask([1, 2, 3], 200)).finish_reason == "timeout"
