@@ -50,7 +50,7 @@ class Schedule(Operator[ScheduleConfig]):
     async def open(self) -> None:
         engine = self.context.engine
         self._leases, self._waiting = engine.leases, engine.waiting
-        self._returned: Mailbox[None] = Mailbox(across_threads=not self.context.engine.is_null)
+        self._returned: Mailbox[None] = Mailbox()
         self._room = anyio.Event()
         self._ended = False
         engine.worker.on_leases_returned = self._wake

@@ -24,7 +24,7 @@ class WorkerDoor(Operator[OperatorConfig]):
         raise NotImplementedError
 
     async def open(self) -> None:
-        self._back: Mailbox[Any] = Mailbox(across_threads=not self.context.engine.is_null)
+        self._back: Mailbox[Any] = Mailbox()
         self._inside = 0
         self._ended = False
         self._connect(self._back)

@@ -2,66 +2,117 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+_JOIN_UP_TO = 64  # short lists that wait are received as one
+_YIELD_AFTER = 32  # receives in a row that found something waiting
 
 
 class Channel:
-    """At most `capacity` records wait. A list that finds too little room goes in as much as fits, the rest waits."""
+    """At most `capacity` records wait. Senders that find it full take turns, in the order in which they came."""
 
-    def __init__(self, capacity: int, senders: int) -> None:
-        self._capacity = capacity
+    def __init__(self, senders: int, capacity: int = 1024) -> None:
+        self.capacity = capacity
         self._senders = senders
-        self._records: list[Any] = []
-        self._arrived = anyio.Event()
-        self._room = anyio.Event()
+        self._lists: deque[list[Any]] = deque()
+        self._waiting = 0
+        self._arrived: anyio.Event | None = None
+        self._turns: deque[_Turn] = deque()
+        self._in_a_row = 0
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._waiting
 
-    async def send(self, records: Sequence[Any], give_back: Callable[[Sequence[Any]], None] | None = None) -> None:
-        """Add records in order; waits only while the channel is full. `give_back` gets those that a cancelled wait
-        leaves outside."""
-        room = self._capacity - len(self._records)
-        if len(records) <= room:
-            self._records.extend(records)
+    def offer(self, records: list[Any]) -> list[Any]:
+        """Take what fits, at once, and return the rest: all of it if others wait. The list is the channel's own now."""
+        if self._turns:
+            return records
+        return self._put(records)
+
+    def _put(self, records: list[Any]) -> list[Any]:
+        room = self.capacity - self._waiting
+        if room <= 0:
+            return records
+        rest: list[Any] = []
+        if len(records) > room:
+            records, rest = records[:room], records[room:]
+        self._lists.append(records)
+        self._waiting += len(records)
+        if self._arrived is not None:
             self._arrived.set()
-            return
-        sent = 0
-        while sent < len(records):
-            room = self._capacity - len(self._records)
-            if room <= 0:
-                self._room = anyio.Event()
-                try:
-                    await self._room.wait()
-                except BaseException:
-                    if give_back is not None:
-                        give_back(records[sent:])
-                    raise
-                continue
-            self._records.extend(records[sent : sent + room])
-            sent += room
-            self._arrived.set()
+        return rest
+
+    async def send(self, records: list[Any]) -> None:
+        """Queue all records in order, waiting for room.
+
+        They are taken out of the list as they are queued: after a cancelled call it holds what was not.
+        """
+        turn = _Turn()
+        self._turns.append(turn)
+        try:
+            while records:
+                if self._turns[0] is turn:
+                    records[:] = self._put(records[:])
+                    if not records:
+                        return
+                await turn.wait()
+        finally:
+            self._turns.remove(turn)
+            self._call_next()
+
+    def _call_next(self) -> None:
+        if self._turns and self._waiting < self.capacity:
+            self._turns[0].call()
 
     def close_sender(self) -> None:
         """One sender has ended; the last one ends the channel."""
         self._senders -= 1
-        if not self._senders:
+        if self._senders <= 0 and self._arrived is not None:
             self._arrived.set()
 
     async def receive(self) -> list[Any]:
-        """Everything that waits, as one list; an empty list once every sender has ended and nothing is left."""
-        while not self._records:
-            if not self._senders:
+        """The next list that waits; an empty list once every sender has ended and nothing is left.
+
+        Short lists that wait come joined, so a list need not be as it was sent; the order of each sender is kept.
+        """
+        lists = self._lists
+        if lists:
+            self._in_a_row += 1
+            if self._in_a_row >= _YIELD_AFTER:
+                self._in_a_row = 0
+                await anyio.lowlevel.checkpoint()
+        while not lists:
+            if self._senders <= 0:
                 return []
+            self._in_a_row = 0
             self._arrived = anyio.Event()
-            await self._arrived.wait()
-        await anyio.lowlevel.checkpoint()
-        records, self._records = self._records, []
-        self._room.set()
+            try:
+                await self._arrived.wait()
+            finally:
+                self._arrived = None
+        records = lists.popleft()
+        while lists and len(records) + len(lists[0]) <= _JOIN_UP_TO:
+            records += lists.popleft()
+        self._waiting -= len(records)
+        self._call_next()
         return records
+
+
+class _Turn:
+    """A sender's place in the line."""
+
+    __slots__ = ("_called",)
+
+    def __init__(self) -> None:
+        self._called = anyio.Event()
+
+    def call(self) -> None:
+        self._called.set()
+
+    async def wait(self) -> None:
+        await self._called.wait()
+        self._called = anyio.Event()

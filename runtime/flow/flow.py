@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ...errors import ErrorRatioExceededError, FlowError, OperatorFailedError, SageLLMError
+from ...errors import ConfigError, ErrorRatioExceededError, FlowError, SageLLMError
+from ...graph.operator_spec import RecordKind
 from .channel import Channel
-from .node import Node
+from .ledger import Outcome
+from .supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from ...graph.pipeline import Edge
     from .ledger import Ledger
@@ -22,24 +24,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sageLLM")
 
-CLOSE_LIMIT_S = 30.0
 RATIO_COUNTS_FROM = 20
 
 
 @dataclass(frozen=True, slots=True)
 class FlowReport:
-    """How a run went: the ledger's counters, each operator's, and the time in seconds."""
+    """How a run went: the ledger's counters, each operator's, seconds, and why it was drained (None: not)."""
 
     counters: dict[str, int]
     operators: dict[str, dict[str, int]]
     seconds: float
+    drained: str | None = None
 
 
 class Flow:
     """Runs operators that are connected by edges, once.
 
-    Every `open` ends before any `run` begins, sinks first. A failed operator is opened again as its restart policy
-    allows; past that the flow fails. Whatever happens, each accepted request is settled when `run` returns or raises.
+    Each operator lives in a task of its own. Every `open` ends before any `run` begins, sinks first. One that fails is
+    closed and replaced by a new instance, as its restart policy allows, and what it had taken and not passed on goes
+    to its error port; past that the flow fails. Whatever happens, each accepted request is settled when `run` ends.
     """
 
     def __init__(
@@ -49,57 +52,86 @@ class Flow:
         ledger: Ledger,
         max_error_ratio: float | None = None,
     ) -> None:
+        """Make the operators and connect them.
+
+        Raises:
+            ConfigError: an edge names an operator that is not there or takes no input, the edges form a cycle, or
+                sequences, which own KV blocks, are to be copied to several edges.
+        """
         self.ledger = ledger
         self._max_error_ratio = max_error_ratio
-        self._nodes = {name: Node(name, make, make(), ledger) for name, make in factories.items()}
-        self._sources: dict[str, anyio.CancelScope] = {}
-        self._scope = anyio.CancelScope()
+        self._order = _topological(factories, edges)
+        self._supervisors = self._connect(factories, edges)
+        self._scope: anyio.CancelScope | None = None
+        self._began = self._ended = 0.0
+        self._started = False
         self._drain_reason: str | None = None
         self._failure: SageLLMError | None = None
-        self._connect(edges)
+        self._aborted = False
+        self._exceeded: ErrorRatioExceededError | None = None
         if max_error_ratio is not None:
             ledger.on_failed(self._check_ratio)
 
-    def _connect(self, edges: Sequence[Edge]) -> None:
-        for name, node in self._nodes.items():
-            senders = sum(edge.target == name for edge in edges)
-            if node.operator.inputs:
-                node.inlet = Channel(node.operator.config.buffer, senders)
+    def _connect(
+        self, factories: Mapping[str, Callable[[], Operator[Any]]], edges: Sequence[Edge]
+    ) -> dict[str, Supervisor]:
+        inlets = {name: Channel(sum(edge.target == name for edge in edges)) for name in factories}
+        outlets: dict[str, dict[str, list[Channel]]] = {name: {} for name in factories}
         for edge in edges:
-            target = self._nodes[edge.target].inlet
-            if target is None:
-                raise FlowError(f"edge {edge.source} -> {edge.target}: {edge.target} has no input")
-            self._nodes[edge.source].outlets.setdefault(edge.source_port, []).append(target)
+            channels = outlets[edge.source].setdefault(edge.source_port, [])
+            channels.append(inlets[edge.target])
+            if len(channels) > 1 and RecordKind.SEQUENCE in edge.kinds:
+                raise ConfigError(
+                    f"{edge.source}.{edge.source_port} gives sequences, which cannot be copied to several operators: "
+                    "leave one edge, or branch where requests or completions flow"
+                )
+        supervisors = {}
+        for name, make in factories.items():
+            supervisor = Supervisor(name, make, inlets[name], outlets[name], self.ledger, self._fail)
+            if supervisor.is_source and any(edge.target == name for edge in edges):
+                raise ConfigError(f"{name!r} is a source and takes no input: remove the edge that leads to it")
+            supervisors[name] = supervisor
+        return supervisors
 
     @property
     def operators(self) -> dict[str, Operator[Any]]:
         """The operators by name, as they are now."""
-        return {name: node.operator for name, node in self._nodes.items()}
+        return {name: supervisor.operator for name, supervisor in self._supervisors.items()}
 
     def snapshot(self) -> dict[str, dict[str, int]]:
         """Each operator's counters now, with the records that wait in its inlet."""
         return {
-            name: {**asdict(node.stats), "waiting": len(node.inlet or ())} for name, node in self._nodes.items()
+            name: {**asdict(supervisor.stats), "waiting": len(supervisor.channel)}
+            for name, supervisor in self._supervisors.items()
         }
 
-    # -- from outside ------------------------------------------------------------------------------------------------
+    def report(self) -> FlowReport:
+        """How it goes, or went; also after `run` has raised."""
+        stats = {name: asdict(supervisor.stats) for name, supervisor in self._supervisors.items()}
+        return FlowReport(self.ledger.counters(), stats, self._ended - self._began, self._drain_reason)
+
+    # -- from outside, on the flow's own event loop --------------------------------------------------------------------
 
     def drain(self, reason: str) -> None:
-        """Stop the sources and finish what is in flight. On the flow's own event loop."""
+        """Stop the sources and finish what is in flight."""
         if self._drain_reason is None:
             log.info("draining: %s", reason)
             self._drain_reason = reason
-        for scope in self._sources.values():
-            scope.cancel()
+            for supervisor in self._supervisors.values():
+                supervisor.drain()
 
     def abort(self, reason: str) -> None:
-        """Stop at once; what is in flight ends with an error and `run` raises. On the flow's own event loop."""
+        """Stop at once; what is in flight ends as cancelled and `run` raises."""
+        self._aborted = True
         self._fail(FlowError(f"aborted: {reason}"))
 
-    def _fail(self, error: FlowError) -> None:
+    def _fail(self, error: SageLLMError) -> None:
         if self._failure is None:
             self._failure = error
-        self._scope.cancel()
+        elif error is not self._failure:
+            log.error("after the flow had failed: %s", error)
+        if self._scope is not None:
+            self._scope.cancel()
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -107,100 +139,87 @@ class Flow:
         """Run until the sources have ended and everything in flight is finished.
 
         Raises:
-            OperatorFailedError: an operator failed more often than its restart policy allows.
+            OperatorFailedError: an operator could not open or close, or failed more often than its policy allows.
             ErrorRatioExceededError: too large a share of records failed.
-            FlowError: an operator with `on_error: fail` met a bad record, the run was aborted, or records vanished.
-            SageLLMError: an operator cannot open, or cannot go on (SourceChangedError, OutputLockedError, ModelError).
+            FlowError: an operator with `on_error: fail` met a bad record, one left records unaccounted for, the run
+                was aborted, or this flow has run already.
+            SageLLMError: what an operator raised on purpose, such as SourceChangedError.
         """
-        start = time.monotonic()
-        opened: list[Node] = []
+        if self._started:
+            raise FlowError("a flow runs once: build another one")
+        self._started = True
+        self._began = anyio.current_time()
+        finished = False
         try:
-            with self._scope:
-                for node in sorted(self._nodes.values(), key=lambda node: (node.is_source, not node.is_sink)):
-                    opened.append(node)
-                    await node.operator.open()
-                async with anyio.create_task_group() as tasks:
-                    for node in self._nodes.values():
-                        tasks.start_soon(self._run_node, node, name=f"operator {node.name}")
-        except BaseExceptionGroup as group:
-            meant, others = group.split(SageLLMError)
-            if others is not None:
-                raise
-            assert meant is not None
-            self._failure = self._failure or _first(meant)
+            await self._run_tasks()
+            finished = self._failure is None
         finally:
-            with anyio.CancelScope(shield=True):
-                for node in opened:
-                    await self._close(node)
-            vanished = self.ledger.counters()["in_flight"]
-            self.ledger.fail_all()
+            self._ended = anyio.current_time()
+            failed = self._failure is not None and not self._aborted
+            self.ledger.fail_all(Outcome.ERROR if failed or finished else Outcome.CANCELLED)
             self.ledger.check()
+        if self._failure is None:
+            self._failure = self._unaccounted() or self._exceeded or self._ratio_error()
         if self._failure is not None:
             raise self._failure
-        if vanished:
-            raise FlowError(f"{vanished} requests vanished: an operator neither sent, rejected nor dropped them")
-        self._check_ratio(final=True)
-        if self._failure is not None:
-            raise self._failure
-        stats = {name: asdict(node.stats) for name, node in self._nodes.items()}
-        return FlowReport(self.ledger.counters(), stats, time.monotonic() - start)
+        return self.report()
 
-    async def _run_node(self, node: Node) -> None:
-        with anyio.CancelScope() as scope:
-            if node.is_source:
-                self._sources[node.name] = scope
-                if self._drain_reason is not None:
-                    scope.cancel()
-            while True:
-                try:
-                    await node.operator.run(node.records(), node)
-                    break
-                except SageLLMError:
-                    raise  # meant: another instance would meet the same
-                except Exception as error:
-                    await self._restart(node, error)
-        if not self._scope.cancel_called:
-            node.end()
+    async def _run_tasks(self) -> None:
+        start = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            self._scope = tasks.cancel_scope
+            if self._failure is not None:
+                self._scope.cancel()
+            for name in reversed(self._order):
+                await tasks.start(self._supervisors[name].live, start, name=f"operator {name}")
+            start.set()
 
-    async def _restart(self, node: Node, error: Exception) -> None:
-        log.warning("operator %s failed: %r", node.name, error)
-        letters = node.take_unfinished(error)
-        if not node.may_restart():
-            window = node.operator.config.restart.window_s
-            raise OperatorFailedError(
-                f"operator {node.name} failed {len(node.failures)} times in {window:g} s, "
-                f"the last time with {type(error).__name__}: {error}"
-            ) from error
-        node.stats.restarts += 1
-        await node.reject(letters)
-        await self._close(node)
-        await anyio.sleep(node.operator.config.restart.backoff_s)
-        node.operator = node.make()
-        await node.operator.open()
-
-    async def _close(self, node: Node) -> None:
-        with anyio.move_on_after(CLOSE_LIMIT_S, shield=True) as scope:
-            try:
-                await node.operator.close()
-            except Exception:
-                log.exception("operator %s failed to close", node.name)
-        if scope.cancelled_caught:
-            log.error("operator %s did not close within %g s", node.name, CLOSE_LIMIT_S)
-
-    def _check_ratio(self, *, final: bool = False) -> None:
-        ratio, accepted = self.ledger.error_ratio, self.ledger.accepted
-        limit = self._max_error_ratio
-        if limit is not None and ratio > limit and (final or accepted >= RATIO_COUNTS_FROM):
-            self._fail(
-                ErrorRatioExceededError(
-                    f"{ratio:.1%} of {accepted} records failed, more than max_error_ratio {limit:.1%}"
+    def _unaccounted(self) -> FlowError | None:
+        for name, supervisor in self._supervisors.items():
+            if supervisor.unaccounted:
+                return FlowError(
+                    f"operator {name!r} took {supervisor.unaccounted} records that it neither sent nor rejected: "
+                    "call out.drop(records) with those that it leaves out on purpose"
                 )
-            )
+        return None
+
+    def _check_ratio(self) -> None:
+        if self._exceeded is None and self.ledger.accepted >= RATIO_COUNTS_FROM:
+            self._exceeded = self._ratio_error()
+            if self._exceeded is not None:
+                self.drain(str(self._exceeded))  # and not cut off: the dead letters say what is wrong
+
+    def _ratio_error(self) -> ErrorRatioExceededError | None:
+        ratio, limit = self.ledger.error_ratio, self._max_error_ratio
+        if limit is None or ratio <= limit:
+            return None
+        return ErrorRatioExceededError(
+            f"{ratio:.1%} of {self.ledger.accepted} records failed, more than max_error_ratio {limit:.1%}"
+        )
 
 
-def _first(group: BaseExceptionGroup[SageLLMError]) -> SageLLMError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, SageLLMError)
-    return error
+def _topological(operators: Collection[str], edges: Sequence[Edge]) -> list[str]:
+    """Names, each before those that it feeds; sources that are alike in the order given.
+
+    Raises:
+        ConfigError: the edges are not a DAG over these operators.
+    """
+    feeds = dict.fromkeys(operators, 0)
+    for edge in edges:
+        for end in (edge.source, edge.target):
+            if end not in operators:
+                raise ConfigError(f"edge {edge}: there is no operator {end!r}")
+        feeds[edge.target] += 1
+    ready = deque(name for name, count in feeds.items() if not count)
+    order = []
+    while ready:
+        name = ready.popleft()
+        order.append(name)
+        for edge in edges:
+            if edge.source == name:
+                feeds[edge.target] -= 1
+                if not feeds[edge.target]:
+                    ready.append(edge.target)
+    if len(order) < len(operators):
+        raise ConfigError(f"the edges form a cycle through {', '.join(sorted(set(operators) - set(order)))}")
+    return order

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import socket
-from collections import deque
-from threading import Lock
-from typing import TYPE_CHECKING, Generic, TypeVar
+import contextlib
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
 import anyio.lowlevel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
 
@@ -19,21 +18,16 @@ T = TypeVar("T")
 class Mailbox(Generic[T]):
     """One consumer, many producers. At most one wake-up is pending, whatever is put meanwhile.
 
-    `across_threads` False is for producers on the consumer's own event loop: waking then costs no system call.
+    A producer on the consumer's own thread sets an event; another thread asks the consumer's event loop to do so, by
+    the loop's own thread-safe call. (A socket pair to wait on wakes no sooner, and costs two descriptors a mailbox.)
     """
 
-    def __init__(self, *, across_threads: bool = True) -> None:
-        self._items: deque[T] = deque()
+    def __init__(self) -> None:
+        self._items: list[T] = []
         self._lock = Lock()
         self._closed = False
         self._rung = False
-        self._waiting = False
-        self._event: anyio.Event | None = None
-        self._bell: tuple[socket.socket, socket.socket] | None = None
-        if across_threads:
-            self._bell = socket.socketpair()
-            for end in self._bell:
-                end.setblocking(False)
+        self._consumer: _Consumer | None = None
 
     def put(self, items: Sequence[T]) -> None:
         """Add items and wake the consumer, also when there are none; after `close` they are dropped."""
@@ -46,62 +40,31 @@ class Mailbox(Generic[T]):
     def close(self) -> None:
         """No more items; the consumer still gets what is there. May be called twice, and by either side."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
             self._ring()
-            if not self._waiting:
-                self._hang_up()
 
     def _ring(self) -> None:
-        if self._rung:
-            return
         self._rung = True
-        if self._bell is not None:
-            self._bell[1].send(b"\0")
-        elif self._event is not None:
-            self._event.set()
-
-    def _hang_up(self) -> None:
-        if self._bell is not None:
-            for end in self._bell:
-                end.close()
-            self._bell = None
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.wake()
 
     async def get(self) -> list[T]:
-        """Wait for a `put` and return everything there is: an empty list after an empty put, or once closed."""
-        await self._wait()
-        with self._lock:
-            if self._rung and self._bell is not None:
-                self._bell[0].recv(1)
-            self._rung = False
-            self._event = None
-            if self._closed:
-                self._hang_up()
-            items = list(self._items)
-            self._items.clear()
-        return items
+        """Wait for a `put` and return everything there is: an empty list after an empty put, or once closed.
 
-    async def _wait(self) -> None:
-        event = anyio.Event()
-        with self._lock:
-            ready = self._rung or self._closed
-            if not ready:
-                self._waiting = True
-                self._event = event
-        if ready:
-            await anyio.lowlevel.checkpoint()
-            return
-        try:
-            if self._bell is None:
-                await event.wait()
-            else:
-                await anyio.wait_readable(self._bell[0])
-        finally:
-            self._waiting = False
-            if self._closed:
-                with self._lock:
-                    self._hang_up()
+        A cancelled call takes nothing.
+        """
+        while True:
+            with self._lock:
+                if self._rung or self._closed:
+                    items, self._items = self._items, []
+                    self._rung = False
+                    return items
+                consumer = self._consumer = _Consumer()
+            try:
+                await consumer.rung.wait()
+            finally:
+                self._consumer = None
 
     def __aiter__(self) -> Mailbox[T]:
         return self
@@ -111,3 +74,23 @@ class Mailbox(Generic[T]):
             if self._closed:
                 raise StopAsyncIteration
         return items
+
+
+class _Consumer:
+    """Somebody who waits, and how to wake them from here."""
+
+    __slots__ = ("_schedule", "_thread", "rung")
+
+    def __init__(self) -> None:
+        self.rung = anyio.Event()
+        self._thread = get_ident()
+        loop: Any = anyio.lowlevel.current_token().native_token
+        self._schedule: Callable[[Callable[[], None]], object]
+        self._schedule = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
+
+    def wake(self) -> None:
+        if get_ident() == self._thread:
+            self.rung.set()
+            return
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the consumer with it
+            self._schedule(self.rung.set)
