@@ -210,6 +210,9 @@ def _assemble(
             dtype,
         )
 
+    embedding = source.get(_EMBEDDING).to(stored)
+    head = embedding if config.tie_word_embeddings else source.get(_LM_HEAD).to(stored)
+    lm_head = backend.linear(head, None, dtype)
     layers: list[DecoderLayer] = []
     input_norms = [vector(f"model.layers.{index}.input_layernorm.weight") for index in range(config.num_layers)]
     input_norms.append(vector("model.norm.weight"))
@@ -227,9 +230,6 @@ def _assemble(
                 next_norm=input_norms[index + 1],
             )
         )
-    embedding = source.get(_EMBEDDING).to(stored)
-    head = embedding if config.tie_word_embeddings else source.get(_LM_HEAD).to(stored)
-    lm_head = backend.linear(head, None, dtype)
     backend.synchronize()
     return DecoderModel(config, backend, dtype, embedding.to(backend.device), layers, lm_head)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..base import StepLayout
 
 # A group of decoding sequences of its own costs about as much as gathering and multiplying this many bytes of padding.
-SPLIT_BYTES = 384 << 10
+SPLIT_BYTES = 256 << 10
 # Queries of a chunk that are handled at once: the fewer, the less is multiplied only to be masked.
 PIECE = 128
 # Elements of the mask; with a longer context the pieces get smaller.

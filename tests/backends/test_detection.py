@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -51,3 +53,16 @@ def test_a_device_id_that_is_not_there(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="found 7, but the CUDA devices are 0 to 1"):
         detect_backend(BackendConfig(backend_type="cuda", device_ids=[7]))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_openmp_spins_less_unless_the_user_chose(monkeypatch, given, found) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    detect_backend(BackendConfig(backend_type="cpu", threads=1))
+    assert os.environ.get("GOMP_SPINCOUNT") == found
