@@ -72,6 +72,7 @@ class Worker:
         self._resident: dict[int, ResidentSequence] = {}  # by id of the request
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._wakeup = Condition()
+        self._woken = False
         self._returned = False
         self._prefilled: list[Sequence] = []
         self._decoded: list[Sequence | TokenDelta] = []
@@ -117,12 +118,14 @@ class Worker:
     def wait_for_work(self) -> None:
         """Block the worker's thread until something is submitted, `wake` is called, or it is time to look again."""
         with self._wakeup:
-            if not self._inbox:
+            if not self._inbox and not self._woken:
                 self._wakeup.wait(self.idle_limit_s)
+            self._woken = False
 
     def wake(self) -> None:
-        """End a `wait_for_work`."""
+        """End a `wait_for_work`, or the next one if none is under way."""
         with self._wakeup:
+            self._woken = True
             self._wakeup.notify()
 
     @property
