@@ -193,7 +193,7 @@ class SageLLMEngine:
 
         pipeline = build_pipeline(standard_pipeline(self.config), base_dir=Path.cwd())
         services = EngineServices(pipeline.engine)
-        await anyio.to_thread.run_sync(lambda: services.worker)
+        await anyio.to_thread.run_sync(services.load)
         flow, calls = assemble(pipeline, services), services.calls
         flow.ledger.on_settled(lambda settled: self._settle(calls, settled))
         self._services, self._flow, self._calls = services, flow, calls

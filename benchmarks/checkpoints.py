@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def write_checkpoint(shape: str, folder: Path, seed: int = 0) -> Path:
-    """Write `folder`/config.json and model.safetensors: normal weights of std 0.02, bfloat16, norms 1, biases 0."""
+    """Write config.json, tokenizer.json and model.safetensors: bfloat16, normal of std 0.02, norms 1, biases 0."""
     import torch
     from safetensors.torch import save_file
 
@@ -32,4 +32,14 @@ def write_checkpoint(shape: str, folder: Path, seed: int = 0) -> Path:
         else:
             tensors[name] = torch.empty(size).normal_(std=0.02, generator=generator).to(torch.bfloat16)
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    _write_tokenizer(folder, config["vocab_size"])
     return folder
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """One word for each id: the workloads are token ids, but answers are decoded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)

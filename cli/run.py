@@ -44,7 +44,7 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     flow = assemble(pipeline, services)
     with reporter.loading(pipeline):
         if services.is_needed_by(pipeline):
-            await anyio.to_thread.run_sync(lambda: services.worker)
+            await anyio.to_thread.run_sync(services.load)
     async with services.running(), anyio.create_task_group() as tasks:
         tasks.start_soon(drain_on_signals, flow)
         tasks.start_soon(reporter.follow, flow)

@@ -115,6 +115,16 @@ class EngineServices:
             self._make_stop_matcher,
         )
 
+    def load(self) -> None:
+        """Build everything a pipeline with a model needs, so that what is wrong shows before the flow starts.
+
+        Raises:
+            ModelError: the model cannot be found, read or built.
+            ConfigError: the device or the KV pool cannot be had.
+        """
+        self.tokenizer  # noqa: B018 - built on first use
+        self.worker  # noqa: B018
+
     @staticmethod
     def is_needed_by(pipeline: Pipeline) -> bool:
         """Whether a pipeline has a stage that runs the model."""
