@@ -91,7 +91,7 @@ def _build(
         problems.add(("max_error_ratio",), f"found {show(ratio)}; write a number from 0 to 1")
     engine = _read_engine(data.get("engine"), problems)
     specs, configs, on_error = _read_operators(data, problems)
-    wiring = read_edges(data.get("edges"), specs, problems)
+    wiring = read_edges(data.get("edges"), specs, on_error, problems)
     known = {node: spec for node, spec in specs.items() if spec is not None}
     edges = check_graph(Draft(known, configs, on_error, wiring, len(known) == len(specs)), base_dir, problems)
     if len(problems) or engine is None:

@@ -65,7 +65,7 @@ def pipeline_schema(specs: dict[str, OperatorSpec]) -> dict[str, Any]:
             "edges": {
                 "type": "array",
                 "minItems": 1,
-                "description": "chains such as `a -> b -> c`; a port is written `a.error -> dead`",
+                "description": "chains such as `a -> b -> c`; a port is written `a.error`, all error ports `*.error`",
                 "items": {"type": "string", "pattern": "->"},
             },
             "max_error_ratio": {

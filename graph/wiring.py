@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .problems import Problems
 
 _END = re.compile(r"(?P<node>[A-Za-z_][A-Za-z0-9_-]*)(?:\.(?P<port>[A-Za-z_][A-Za-z0-9_-]*))?")
+_EVERY_ERROR = "*.error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,14 @@ class Wiring:
     complete: bool = True
 
 
-def read_edges(written: Any, specs: dict[str, OperatorSpec | None], problems: Problems) -> Wiring:
-    """The edges of all chains; what cannot be one is noted. `specs` holds None for operators of unknown type."""
+def read_edges(
+    written: Any, specs: dict[str, OperatorSpec | None], on_error: dict[str, Any], problems: Problems
+) -> Wiring:
+    """The edges of all chains; what cannot be one is noted. `specs` holds None for operators of unknown type.
+
+    A chain that begins with `*.error` stands for every error port that no other chain names, of the operators whose
+    `on_error` is `route`; what lies downstream of that chain is left out, as it would close a cycle.
+    """
     reader = _Reader(specs, problems)
     if not isinstance(written, list) or not written:
         found = "no edges" if not written else f"found {show(written)}"
@@ -64,6 +71,8 @@ def read_edges(written: Any, specs: dict[str, OperatorSpec | None], problems: Pr
         return reader.wiring
     for index, chain in enumerate(written):
         reader.read_chain(chain, ("edges", index))
+    for end in reader.wildcards:
+        reader.expand(*end, {name for name in specs if on_error.get(name) in ("drop", "fail")})
     return reader.wiring
 
 
@@ -72,6 +81,7 @@ class _Reader:
         self.specs = specs
         self.problems = problems
         self.wiring = Wiring()
+        self.wildcards: list[tuple[KeyPath, int, End | None]] = []  # where `*.error` stands, and where it leads
         self._edges: set[Edge] = set()
 
     def read_chain(self, chain: Any, path: KeyPath) -> None:
@@ -84,8 +94,13 @@ class _Reader:
         offset = 0
         for index, part in enumerate(parts):
             at = offset + len(part) - len(part.lstrip())
-            ends.append(self._read_end(part.strip(), path, at, index > 0, index < len(parts) - 1))
+            if index == 0 and part.strip() == _EVERY_ERROR:
+                ends.append(None)
+            else:
+                ends.append(self._read_end(part.strip(), path, at, index > 0, index < len(parts) - 1))
             offset += len(part) + 2
+        if parts[0].strip() == _EVERY_ERROR:
+            self.wildcards.append((path, len(parts[0]) - len(parts[0].lstrip()), ends[1]))
         for source, target in pairwise(ends):
             if source and target and source.source_port and target.target_port:
                 edge = Edge(source.node, source.source_port, target.node, target.target_port)
@@ -101,6 +116,8 @@ class _Reader:
         if match is None or name not in self.specs:
             self.wiring.complete = False
             message = f"found {text!r} between arrows; write an operator's name or `name.port`"
+            if text.startswith("*"):
+                message = f"found {text!r}; only `{_EVERY_ERROR}` stands for several ports, at the beginning of a chain"
             if match is not None:
                 advice = f"; add `{name}:` there" if find_spec(name) else did_you_mean(name, self.specs)
                 message = f"no operator {name!r} under operators{advice}"
@@ -120,6 +137,32 @@ class _Reader:
         if source_port:
             self.wiring.used_outputs.add((name, source_port))
         return End(name, path, offset, target_port, source_port)
+
+    def expand(self, path: KeyPath, offset: int, target: End | None, without: set[str]) -> None:
+        """Wire every error port that is left to `target` (None: it is unreadable, and nothing more is said of them)."""
+        downstream = self._downstream_of(target.node) if target else set()
+        found = [
+            name
+            for name, spec in self.specs.items()
+            if spec is not None and spec.output("error") is not None and name not in downstream | without
+            if (name, "error") not in self.wiring.used_outputs
+        ]
+        if not found and None not in self.specs.values():
+            self.problems.add(path, f"no error port is left for `{_EVERY_ERROR}`; remove this chain", offset=offset)
+        for name in found:
+            self.wiring.used_outputs.add((name, "error"))
+            if target is not None and target.target_port is not None:
+                edge = Edge(name, "error", target.node, target.target_port)
+                self.wiring.wires.append(Wire(edge, End(name, path, offset, None, "error"), target))
+
+    def _downstream_of(self, node: str) -> set[str]:
+        reached, stack = {node}, [node]
+        while stack:
+            at = stack.pop()
+            following = {wire.edge.target for wire in self.wiring.wires if wire.edge.source == at} - reached
+            reached |= following
+            stack += following
+        return reached
 
 
 def _choose_ports(
