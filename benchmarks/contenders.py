@@ -43,7 +43,7 @@ class SageLLM:
                     "model": {"model_id": str(folder), "dtype": dtype},
                     "backend": {"backend_type": "cpu", "threads": threads},
                     "kv_cache": {"max_tokens": 32768},
-                    "scheduler": {"request_timeout_s": 0, "queue_timeout_s": 0, "max_batch_size": 64},
+                    "scheduler": {"request_timeout_s": 0, "queue_timeout_s": 0, "max_batch_size": 256, "max_decode_batch": 256},
                 }
             )
         )
