@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import numpy as np
 import pytest
 
-from sageLLM.records import Choice, Completion, FinishReason, Request, RequestMetrics, SourcePosition
+from sageLLM.config import SageLLMConfig
+from sageLLM.records import (
+    Choice,
+    Completion,
+    FinishReason,
+    Request,
+    RequestMetrics,
+    SamplingParams,
+    Sequence,
+    SourcePosition,
+)
 from sageLLM.runtime.flow.operator import Operator, OperatorContext
 from sageLLM.runtime.flow.resume import ResumeIndex
+from sageLLM.runtime.services import EngineServices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,3 +104,91 @@ def make_completion():
         return Completion(Request(request_id, prompt="2+2", src=src, **request), [choice], 3, metrics)
 
     return make
+
+
+class Stage:
+    """One operator while it runs: put records in, let it work, see what it has sent and rejected so far."""
+
+    def __init__(self, operator, outlet) -> None:
+        self.operator = operator
+        self.outlet = outlet
+        self.dropped: list[Any] = []
+        outlet.drop = self.dropped.extend
+        self.inlet, self._records = anyio.create_memory_object_stream(1000)
+        self.taken = 0
+
+    @property
+    def sent(self) -> list[Any]:
+        return self.outlet.sent
+
+    @property
+    def errors(self) -> list[str]:
+        return [letter.error for letter in self.outlet.letters]
+
+    async def put(self, *records) -> list[Any]:
+        """Give it these as one list, wait until nothing moves any more, and return what it sent meanwhile."""
+        before = len(self.sent)
+        await self.inlet.send(list(records))
+        await self.settled()
+        return self.sent[before:]
+
+    async def settled(self) -> None:
+        await anyio.wait_all_tasks_blocked()
+
+    async def _arrivals(self):
+        async for records in self._records:
+            self.taken += len(records)
+            yield records
+
+    async def live(self) -> None:
+        with self.inlet, self._records:
+            await self.operator.run(self._arrivals(), self.outlet)
+
+
+class NullEngine:
+    """The services of a pipeline on the null model, whose stages a test runs one by one."""
+
+    def __init__(self, **config: Any) -> None:
+        # one block is 4 tokens, so that short prompts fill several
+        values = {"kv_cache": {"max_tokens": 256, "block_size": 4}, **config}
+        self.services = EngineServices(SageLLMConfig.model_validate({"model": {"model_id": "builtin:null"}, **values}))
+        self.context = OperatorContext("stage", self.services, None, None, lambda reason: None)  # type: ignore[arg-type]
+
+    def sequence(self, prompt, max_new_tokens=4, stream=False, tenant="", salt="", interactive=False, **sampling):
+        """What tokenize makes of a request with these token ids."""
+        params = SamplingParams(max_new_tokens=max_new_tokens, **sampling).with_defaults(temperature=0.0)
+        request = Request("r", prompt_tokens=list(prompt), sampling=params, stream=stream, tenant=tenant,
+                          cache_salt=salt, interactive=interactive)  # fmt: skip
+        return Sequence(request, np.asarray(prompt, np.int32), params)
+
+    @asynccontextmanager
+    async def stage(self, cls, **config):
+        """Run one operator around the body; its inputs end with it."""
+        stage = Stage(cls(cls.config_model(**config), self.context), CollectingOutlet())
+        await stage.operator.open()
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(stage.live)
+                yield stage
+                stage.inlet.close()
+        finally:
+            await stage.operator.close()
+
+    def check_nothing_leaks(self) -> None:
+        services = self.services
+        assert services.leases.free_slots == services.leases.num_slots
+        assert not services.leases.any_in_transit
+        assert services.worker.num_running == 0
+        services.kv.check_integrity(owners=[])
+        assert services.kv.available() == services.kv.num_blocks
+
+
+@pytest.fixture
+def null_engine():
+    return NullEngine
+
+
+@pytest.fixture
+def on_loop(loop_name):
+    """Run an async function with no arguments, on asyncio and on trio."""
+    return lambda function: anyio.run(function, backend=loop_name)
