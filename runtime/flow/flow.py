@@ -168,9 +168,9 @@ class Flow:
         start = anyio.Event()
         async with anyio.create_task_group() as tasks:
             self._scope = tasks.cancel_scope
-            if self._failure is not None:
-                self._scope.cancel()
             for name in reversed(self._order):
+                if self._failure is not None:
+                    return
                 await tasks.start(self._supervisors[name].live, start, name=f"operator {name}")
             start.set()
 

@@ -151,7 +151,7 @@ class Supervisor:
             return False  # on_error: fail has failed the flow
         self.stats.restarts += 1
         await self._close()
-        await anyio.sleep(policy.backoff_s * 2 ** (len(self._failures) - 1))
+        await anyio.sleep(policy.backoff_s)
         return True
 
     async def _reject_held(self, error: BaseException) -> None:

@@ -111,21 +111,35 @@ class Hold(LabOperator):
     keep = 5
 
     async def run(self, inlet, out):
-        held: list[Any] = []
+        self.held: list[Any] = []
+        self.ended = False
+        self.changed = anyio.Event()
         async with anyio.create_task_group() as tasks:
-            wake = anyio.Event()
-            tasks.start_soon(self._send, held, wake, out)
+            tasks.start_soon(self._send, out)
             async for records in inlet:
-                held += records
-                while len(held) > self.keep:
-                    await anyio.lowlevel.checkpoint()
-            wake.set()
+                self.held += records
+                while len(self.held) > self.keep:
+                    await self._change()
+                self._tell()
+            self.ended = True
+            self._tell()
 
-    async def _send(self, held, wake, out):
-        while held or not wake.is_set():
-            await anyio.lowlevel.checkpoint()
-            batch, held[:] = held[:2], held[2:]
+    async def _send(self, out):
+        while self.held or not self.ended:
+            if not self.held:
+                await self._change()
+                continue
+            batch, self.held[:] = self.held[:2], self.held[2:]
             await out.send(batch)
+            self._tell()
+
+    def _tell(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+    async def _change(self) -> None:
+        self._tell()
+        await self.changed.wait()
 
 
 class Sink(LabOperator):
@@ -202,7 +216,7 @@ def anyio_backend(request):
 
 @pytest.fixture
 def run_seeded(monkeypatch):
-    """`run_seeded(function, seed)` runs `function(lab)` under trio, in virtual time and the interleaving of that seed."""
+    """`run_seeded(function, seed)` runs `function(lab)` under trio, in virtual time and an interleaving of its own."""
 
     def run(function, seed):
         fresh = make_lab()
