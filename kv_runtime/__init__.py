@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..config import KVGranularity
-from .cache import KVCache, KVCacheStats, PrefixMatch
+from .cache import Commit, KVCache, KVCacheStats, PrefixMatch
 
-__all__ = ["KVCache", "KVCacheStats", "KVGranularity", "PrefixMatch"]
+__all__ = ["Commit", "KVCache", "KVCacheStats", "KVGranularity", "PrefixMatch"]

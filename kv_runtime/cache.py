@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .pool import NO_BLOCKS, BlockPool
 from .radix_tree import RadixTree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from .pool import Int32Array
     from .radix_tree import Namespace
@@ -28,6 +28,14 @@ class PrefixMatch:
 
     tokens: int
     blocks: Int32Array
+
+
+class Commit(NamedTuple):
+    """The KV of `tokens` [T], computed and stored in `blocks`."""
+
+    tokens: Int32Array
+    blocks: Int32Array
+    namespace: Namespace
 
 
 @dataclass(slots=True, frozen=True)
@@ -98,24 +106,44 @@ class KVCache:
                 self._hit_tokens += length
         return PrefixMatch(length, blocks)
 
+    def count_cached(self, prompts: Iterable[tuple[Int32Array, Namespace]], *, touch: bool = True) -> list[int]:
+        """Return how many tokens of each prompt are cached, its last one left out; `touch` marks them as just used."""
+        if not self.shares_prefixes:
+            return [0 for _ in prompts]
+        with self._lock:
+            return [self._tree.count(tokens[:-1], namespace, touch) for tokens, namespace in prompts]
+
     def commit(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> int:
-        """Make the KV of `tokens` [T], computed and stored in `blocks`, reusable; return how many tokens are new.
+        """Make the KV of one run of tokens reusable, as `commit_all` does; return how many tokens are new.
+
+        Raises:
+            KVCacheError: as `commit_all`.
+        """
+        return self.commit_all([Commit(np.asarray(tokens, np.int32), np.asarray(blocks, np.int32), namespace)])
+
+    def commit_all(self, commits: Sequence[Commit]) -> int:
+        """Make computed KV reusable; return how many tokens are new.
 
         The caller owns the blocks and keeps its references. It may append to the last block, past the committed
         tokens, and commit the longer run later; it must never change the KV of a committed position.
 
         Raises:
-            KVCacheError: `blocks` are fewer than the tokens need, free, or not of this pool.
+            KVCacheError: the blocks are fewer than the tokens need, free, or not of this pool. Nothing has changed.
         """
-        tokens = np.asarray(tokens, dtype=np.int32)
-        blocks = np.asarray(blocks, dtype=np.int32)
-        needed = -(-tokens.size // self.block_size)
-        if blocks.size < needed:
-            raise KVCacheError(f"{tokens.size} tokens need {needed} blocks of {self.block_size}, found {blocks.size}")
-        if not self.shares_prefixes:
+        size = self.block_size
+        for tokens, blocks, _ in commits:
+            needed = -(-tokens.size // size)
+            if blocks.size < needed:
+                raise KVCacheError(f"{tokens.size} tokens need {needed} blocks of {size}, found {blocks.size}")
+        if not self.shares_prefixes or not commits:
             return 0
+        tree = self._tree
         with self._lock:
-            inserted = self._tree.insert(tokens, blocks[:needed], namespace)
+            self._pool.check_referenced(np.concatenate([commit.blocks for commit in commits]))
+            inserted = 0
+            for tokens, blocks, namespace in commits:
+                inserted += tree.insert(tokens, blocks[: -(-tokens.size // size)], namespace)
+            tree.settle()
             self._committed_tokens += inserted
         return inserted
 

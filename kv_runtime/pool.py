@@ -77,6 +77,8 @@ class ReferenceCounts:
         """Return those of the blocks that have references, and those that have none."""
         if isinstance(blocks, list):
             view = self._view
+            if not blocks:
+                return blocks, blocks
             return [block for block in blocks if view[block]], [block for block in blocks if not view[block]]
         held = self.counts[blocks] > 0
         return blocks[held], blocks[~held]
@@ -92,15 +94,15 @@ class ReferenceCounts:
     def _listed(self, blocks: Int32Array) -> list[int]:
         listed: list[int] = blocks.tolist()
         if listed:
-            self._check_range(min(listed), max(listed))
+            self.check_range(min(listed), max(listed))
         return listed
 
     def _distinct(self, blocks: Int32Array) -> tuple[Int32Array, Int32Array]:
         distinct, times = np.unique(blocks, return_counts=True)
-        self._check_range(distinct.item(0), distinct.item(-1))
+        self.check_range(distinct.item(0), distinct.item(-1))
         return distinct, times.astype(np.int32)
 
-    def _check_range(self, lowest: int, highest: int) -> None:
+    def check_range(self, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self.counts.size:
             wrong = lowest if lowest < 0 else highest
             raise KVCacheError(f"block {wrong} is not of this pool: its blocks are 0 to {self.counts.size - 1}")
@@ -140,8 +142,18 @@ class BlockPool:
         left = self.num_free - count
         blocks = self._stack[left : self.num_free][::-1].copy()
         self.num_free = left
-        self.owners.add(blocks)
+        self.owners.counts[blocks] = 1
         return blocks
+
+    def check_referenced(self, blocks: Int32Array) -> None:
+        """Raise KVCacheError if a block is free or not of this pool."""
+        if not blocks.size:
+            return
+        self.owners.check_range(int(blocks.min()), int(blocks.max()))
+        free = (self.owners.counts[blocks] == 0) & (self.tree.counts[blocks] == 0)
+        if free.any():
+            block = blocks[free.argmax()]
+            raise KVCacheError(f"block {block} is free: commit a sequence before releasing its blocks")
 
     def retain(self, blocks: Int32Array) -> None:
         """Add one owner per entry.
@@ -169,17 +181,8 @@ class BlockPool:
         return cached
 
     def cache(self, blocks: Int32Array) -> None:
-        """Add one reference of the tree per entry.
-
-        Raises:
-            KVCacheError: a block is free or not of this pool. Nothing has changed.
-        """
-        fresh = self.tree.add(blocks)
-        free = self.owners.split(fresh)[1]
-        if len(free):
-            self.tree.subtract(blocks)
-            raise KVCacheError(f"block {free[0]} is free: commit a sequence before releasing its blocks")
-        self.num_cached += len(fresh)
+        """Add one reference of the tree per entry; none of the blocks may be free (`check_referenced`)."""
+        self.num_cached += len(self.tree.add(blocks))
 
     def uncache(self, blocks: Int32Array) -> None:
         """Take one reference of the tree per entry and free what nobody refers to."""

@@ -10,6 +10,8 @@ Eviction is LRU. `_recency` lists nodes by last use, a node always before its pa
 a node all of whose children are parked. A leaf whose last block has an owner cannot give anything: it is *parked*
 outside the list when eviction meets it and returns when that block is released. Each step is O(1) per evicted
 block, or paid for by the release that it answers.
+
+The pool hears of many changes at once, in `settle`; what is entered has an owner, so nothing is lost meanwhile.
 """
 
 from __future__ import annotations
@@ -53,9 +55,8 @@ def common_prefix_length(a: Int32Array, b: Int32Array) -> int:
     begin, chunk = 0, 512
     while begin < size:
         stop = min(begin + chunk, size)
-        different = a[begin:stop] != b[begin:stop]
-        first = int(different.argmax())
-        if different[first]:
+        first: int = (a[begin:stop] != b[begin:stop]).tobytes().find(True)
+        if first >= 0:
             return begin + first
         begin, chunk = stop, chunk * 4
     return size
@@ -68,6 +69,10 @@ def _head(array: Int32Array, size: int) -> Int32Array:
     return view.copy() if isinstance(whole, np.ndarray) and whole.size > 2 * size else view
 
 
+def _joined(arrays: list[Int32Array]) -> Int32Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 class RadixTree:
     """Prefixes per namespace; see the module's docstring. Not thread-safe."""
 
@@ -77,6 +82,8 @@ class RadixTree:
         self._roots: dict[Namespace, Node] = {}
         self._recency: OrderedDict[Node, None] = OrderedDict()
         self._parked: OrderedDict[int, list[Node]] = OrderedDict()
+        self._entered: list[Int32Array] = []  # blocks whose references the pool does not know of
+        self._dropped: list[Int32Array] = []
 
     def match(self, tokens: Int32Array, namespace: Namespace, touch: bool) -> tuple[int, Int32Array]:
         """Return the length of the longest cached prefix and its blocks, the last of which may be partly covered."""
@@ -88,24 +95,32 @@ class RadixTree:
             return 0, NO_BLOCKS
         if touch:
             self._touch(path)
-        size = self._block_size
-        parts: list[Int32Array] = []
-        for node in path:
-            if node.start % size:
-                parts[-1] = parts[-1][:-1]
-            parts.append(node.blocks)
-        last = path[-1]
-        parts[-1] = last.blocks[: (position - 1) // size - last.start // size + 1]
-        return position, parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+        size, node = self._block_size, path[-1]
+        first = node.start // size
+        parts = [node.blocks[: (position - 1) // size - first + 1]]
+        while first:  # upwards: of a parent's blocks those before the ones that its child stands in for
+            node = node.parent
+            begin = node.start // size
+            if begin < first:
+                parts.append(node.blocks[: first - begin])
+                first = begin
+        return position, parts[0].copy() if len(parts) == 1 else np.concatenate(parts[::-1])
+
+    def count(self, tokens: Int32Array, namespace: Namespace, touch: bool) -> int:
+        """Return the length of the longest cached prefix."""
+        root = self._roots.get(namespace)
+        if root is None:
+            return 0
+        path, position = self._walk(root, tokens)
+        if touch:
+            self._touch(path)
+        return position
 
     def insert(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> int:
-        """Insert what is not there yet and return how many tokens that is.
+        """Insert what is not there yet and return how many tokens that is; `settle` is to follow.
 
         `blocks[i]` must hold the KV of positions `i * block_size` onwards and have an owner. A leaf is extended in
         place; its partly filled last block gives way to the longer one.
-
-        Raises:
-            KVCacheError: a block is free or not of this pool. Nothing has changed.
         """
         root = self._roots.get(namespace)
         path, position = self._walk(root, tokens) if root else ([], 0)
@@ -114,7 +129,7 @@ class RadixTree:
             return 0
         first = position // self._block_size
         fresh_tokens, fresh_blocks = tokens[position:], blocks[first:].copy()
-        self._pool.cache(fresh_blocks)
+        self._entered.append(fresh_blocks)
         if path and position < path[-1].end:
             path[-1] = self._split(path[-1], position)
         if path and not path[-1].children:
@@ -141,20 +156,35 @@ class RadixTree:
         """
         pool, before = self._pool, self._pool.num_free
         while pool.num_free < num_free:
-            if not self._recency:
+            if not self._trim_tails(num_free - pool.num_free):
                 self._forget_parked()
-                continue
+            self.settle()
+        return pool.num_free - before
+
+    def _trim_tails(self, count: int) -> int:
+        """Drop `count` blocks without owners, fewer if the recency list ends; return how many."""
+        owners, missing = self._pool.owners, count
+        while missing and self._recency:
             node = next(iter(self._recency))
             if node.children:
                 del self._recency[node]
                 continue
-            tail = node.blocks[-(num_free - pool.num_free) :]
-            unowned = pool.owners.count_trailing_zeros(tail)
+            unowned = owners.count_trailing_zeros(node.blocks[-missing:])
             if unowned:
                 self._trim(node, unowned)
+                missing -= unowned
             else:
                 self._park(node)
-        return pool.num_free - before
+        return count - missing
+
+    def settle(self) -> None:
+        """Tell the pool which references the tree has taken and dropped."""
+        if self._entered:
+            self._pool.cache(_joined(self._entered))
+            self._entered = []
+        if self._dropped:
+            self._pool.uncache(_joined(self._dropped))
+            self._dropped = []
 
     def unpark(self, blocks: Blocks) -> None:
         """Make the leaves that waited for these blocks evictable again, as the least recently used ones."""
@@ -182,6 +212,9 @@ class RadixTree:
                 break
             path.append(child)
             node = child
+            if child.tokens.size == 1:
+                position += 1
+                continue
             position += common_prefix_length(child.tokens, tokens[position:])
             if position < child.end:
                 break
@@ -202,7 +235,7 @@ class RadixTree:
         covered = (position - 1) // size - first + 1
         upper = Node(parent, node.start, node.tokens[:cut].copy(), node.blocks[:covered].copy())
         if position % size:
-            self._pool.cache(upper.blocks[-1:])
+            self._entered.append(upper.blocks[-1:])
         parent.children[upper.tokens.item(0)] = upper
         node.parent, node.start = upper, position
         node.tokens, node.blocks = node.tokens[cut:].copy(), node.blocks[position // size - first :].copy()
@@ -212,23 +245,22 @@ class RadixTree:
     def _extend(self, leaf: Node, tokens: Int32Array, blocks: Int32Array, first: int) -> None:
         """Append to a leaf, where `blocks[0]` is block index `first` = the leaf's end // block_size."""
         kept = first - leaf.start // self._block_size
-        replaced = leaf.blocks[kept:]
+        if kept < leaf.blocks.size:
+            self._dropped.append(leaf.blocks[kept:])
         leaf.tokens = np.concatenate((leaf.tokens, tokens))
         leaf.blocks = np.concatenate((leaf.blocks[:kept], blocks))
         leaf.end += tokens.size
-        self._pool.uncache(replaced)
 
     def _trim(self, leaf: Node, count: int) -> None:
         """Drop a leaf's last `count` blocks and the tokens in them; all of them is the leaf itself."""
-        dropped = leaf.blocks[leaf.blocks.size - count :]
         kept = leaf.blocks.size - count
+        self._dropped.append(leaf.blocks[kept:])
         if kept:
             leaf.end = (leaf.start // self._block_size + kept) * self._block_size
             leaf.tokens = _head(leaf.tokens, leaf.end - leaf.start)
             leaf.blocks = _head(leaf.blocks, kept)
         else:
             self._remove(leaf)
-        self._pool.uncache(dropped)
 
     def _remove(self, leaf: Node) -> None:
         parent = leaf.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..kv_runtime.cache import Commit
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.scheduler.lease import Lease, namespace_of
 
@@ -35,12 +36,12 @@ class KVCommit(Operator[KVCommitConfig]):
 
     async def process(self, records: list[Any], out: Outlet) -> None:
         engine = self.context.engine
-        for sequence in records:
-            lease = sequence.kv
-            if not isinstance(lease, Lease):
-                continue  # ended before its prompt was computed
-            engine.kv.commit(sequence.prompt_tokens, lease.blocks, namespace_of(sequence))
-            lease.commit_outputs = self.config.outputs
-            engine.leases.prefix_computed(sequence, lease)
+        computed = [sequence for sequence in records if isinstance(sequence.kv, Lease)]  # the others have ended
+        engine.kv.commit_all(
+            [Commit(sequence.prompt_tokens, sequence.kv.blocks, namespace_of(sequence)) for sequence in computed]
+        )
+        for sequence in computed:
+            sequence.kv.commit_outputs = self.config.outputs
+            engine.leases.prefix_computed(sequence, sequence.kv)
         engine.worker.on_leases_returned()
         await out.send(records)

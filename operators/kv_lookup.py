@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.scheduler.lease import PrefixHint, namespace_of
-
-if TYPE_CHECKING:
-    from ..records import Sequence
 
 _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
@@ -31,22 +28,7 @@ class KVLookup(Operator[OperatorConfig]):
     example = "kv_lookup: {}"
 
     async def process(self, records: list[Any], out: Outlet) -> None:
-        kv = self.context.engine.kv
-        found: list[Any] = []
-        for sequence in records:
-            hit = self._look_up(kv, sequence, found)
-            sequence.kv = PrefixHint(hit)
-        if found:
-            import numpy as np
-
-            kv.release(np.concatenate(found))
+        prompts = [(sequence.prompt_tokens, namespace_of(sequence)) for sequence in records]
+        for sequence, cached in zip(records, self.context.engine.kv.count_cached(prompts), strict=True):
+            sequence.kv = PrefixHint(cached)
         await out.send(records)
-
-    @staticmethod
-    def _look_up(kv: Any, sequence: Sequence, found: list[Any]) -> int:
-        match = kv.match(
-            sequence.prompt_tokens, namespace_of(sequence), limit=len(sequence.prompt_tokens) - 1, record=False
-        )
-        if match.tokens:
-            found.append(match.blocks)
-        return int(match.tokens)

@@ -150,12 +150,13 @@ class LeaseBook:
         shared = max(common_prefix(prompt, other.prompt_tokens) for other in list(others))
         if shared < self.block_size:
             return False
-        match = self.kv.match(prompt, namespace_of(sequence), limit=len(prompt) - 1, record=False)
-        self.kv.release(match.blocks)
-        return min(shared, len(prompt) - 1) - match.tokens >= self.block_size
+        (cached,) = self.kv.count_cached([(prompt, namespace_of(sequence))], touch=False)
+        return min(shared, len(prompt) - 1) - cached >= self.block_size
 
     def prefix_computed(self, sequence: Sequence, lease: Lease) -> None:
         """The prompt's KV is in the tree, or never will be: nobody needs to wait for it."""
+        if lease.prefix_key is None:
+            return
         with self._lock:
             key, lease.prefix_key = lease.prefix_key, None
             if key is not None:
@@ -180,10 +181,10 @@ class LeaseBook:
             self.give_back_unused(*held)
         return held is not None
 
-    def give_back_slot(self, slot: int) -> None:
-        """A row ended."""
+    def give_back_slots(self, slots: list[int]) -> None:
+        """Rows ended."""
         with self._lock:
-            self._free.append(slot)
+            self._free += slots
 
     def give_back_unused(self, sequence: Sequence, lease: Lease) -> None:
         """Return a lease that the worker never used."""

@@ -19,6 +19,7 @@ class PromptChunk:
     slot: int
     start: int
     tokens: NDArray[np.int32]  # [length]
+    is_last: bool  # what is known of the row is computed with it
     next_tokens: NDArray[np.int32] | None = None  # [length or length - 1]: set where prompt logprobs are asked for
     top_logprobs: int = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,8 +63,9 @@ class Planner:
         chunks = self._chunks(self._max_step_tokens - len(decode))
         if not len(decode) and not chunks:
             return None
-        plan = self._build(decode, chunks)
-        self._advance(decode, chunks)
+        sampled = [self._sampling_slots(chunk) for chunk in chunks]
+        plan = self._build(decode, chunks, sampled)
+        self._advance(decode, chunks, sampled)
         return plan
 
     # -- decode ------------------------------------------------------------------------------------------------------
@@ -124,13 +126,13 @@ class Planner:
                 kept.append(copy)
         self._copies = kept
 
-    def forget(self, slot: int) -> None:
-        """A row ends: its copies that were not launched are dropped and its blocks released."""
-        blocks = self._table.row_blocks(slot)
+    def forget(self, slots: list[int]) -> None:
+        """Rows end: their copies that were not launched are dropped and their blocks released."""
+        blocks = self._table.all_blocks(slots)
         if self._copies:
             self._drop_copies_into(blocks)
         self._kv.release(blocks)
-        self._table.num_blocks[slot] = 0
+        self._table.num_blocks[slots] = 0
 
     def _resume_preempted(self) -> None:
         """Oldest first, give preempted rows blocks for all their tokens and one more; stop at the first that waits."""
@@ -168,15 +170,16 @@ class Planner:
         chunks: list[PromptChunk] = []
         if budget <= 0 or not (table.state == RowState.PREFILL).any():
             return chunks
-        for slot in table.slots_in(RowState.PREFILL).tolist():
-            start, target = int(table.computed[slot]), int(table.target[slot])
-            length = min(target - start, budget)
+        slots = table.slots_in(RowState.PREFILL)[: self._max_prefill_batch]
+        columns = (slots.tolist(), table.computed[slots].tolist(), table.target[slots].tolist())
+        for slot, start, target in zip(*columns, strict=True):
+            end = min(target, start + budget)
             tokens = table.tokens(slot, target)
-            chunk = PromptChunk(slot, start, tokens[start : start + length])
+            chunk = PromptChunk(slot, start, tokens[start:end], end == target)
             self._ask_prompt_logprobs(chunk, tokens)
             chunks.append(chunk)
-            budget -= length
-            if budget <= 0 or len(chunks) >= self._max_prefill_batch:
+            budget -= end - start
+            if budget <= 0:
                 break
         return chunks
 
@@ -192,32 +195,25 @@ class Planner:
     # -- building ----------------------------------------------------------------------------------------------------
 
     def _sampling_slots(self, chunk: PromptChunk) -> list[int]:
-        """The slots that get their first token from a chunk: all choices when the prompt ends, else none."""
-        table = self._table
-        if chunk.start + len(chunk.tokens) < table.target[chunk.slot]:
+        """The slots that get their next token from a chunk: all choices when the prompt ends, else none."""
+        if not chunk.is_last:
             return []
-        row = table.rows[chunk.slot]
+        row = self._table.rows[chunk.slot]
         assert row is not None
         if row.owner.decoding:
             return [chunk.slot]
         return row.owner.slots
 
-    def _build(self, decode: NDArray[np.int64], chunks: list[PromptChunk]) -> StepPlan:
+    def _build(self, decode: NDArray[np.int64], chunks: list[PromptChunk], sampled: list[list[int]]) -> StepPlan:
         table = self._table
         slots = decode
         sample_slots, sample_rows = decode, np.arange(len(decode))
         if chunks:
             slots = np.concatenate([decode, np.array([chunk.slot for chunk in chunks], np.int64)])
-            extra_slots: list[int] = []
-            extra_rows: list[int] = []
-            end = len(decode)
-            for chunk in chunks:
-                end += len(chunk.tokens)
-                sampled = self._sampling_slots(chunk)
-                extra_slots += sampled
-                extra_rows += [end - 1] * len(sampled)
-            sample_slots = np.concatenate([decode, np.array(extra_slots, np.int64)])
-            sample_rows = np.concatenate([sample_rows, np.array(extra_rows, np.int64)])
+            ends = len(decode) + np.cumsum([len(chunk.tokens) for chunk in chunks])
+            extra_rows = np.repeat(ends - 1, [len(sampling) for sampling in sampled])
+            sample_slots = np.concatenate([decode, np.array([*chain.from_iterable(sampled)], np.int64)])
+            sample_rows = np.concatenate([sample_rows, extra_rows])
         width = int(table.num_blocks[slots].max())
         copies, self._copies = self._copies, []
         if copies:
@@ -234,23 +230,25 @@ class Planner:
             sample_epochs=table.epoch[sample_slots],
         )
 
-    def _advance(self, decode: NDArray[np.int64], chunks: list[PromptChunk]) -> None:
+    def _advance(self, decode: NDArray[np.int64], chunks: list[PromptChunk], sampled: list[list[int]]) -> None:
         table = self._table
         table.computed[decode] += 1
         table.launched[decode] += 1
-        for chunk in chunks:
-            table.computed[chunk.slot] += len(chunk.tokens)
-            if table.computed[chunk.slot] < table.target[chunk.slot]:
-                continue
-            sampled = self._sampling_slots(chunk)
-            table.launched[sampled] += 1
-            row = table.rows[chunk.slot]
-            assert row is not None
-            if row.owner.decoding:
-                table.state[chunk.slot] = RowState.DECODE
-            else:
-                table.state[sampled] = RowState.HELD
-                self._fork(chunk.slot, sampled[1:])
+        if not chunks:
+            return
+        table.computed[[chunk.slot for chunk in chunks]] += [len(chunk.tokens) for chunk in chunks]
+        table.launched[[*chain.from_iterable(sampled)]] += 1
+        held: list[int] = []
+        resumed: list[int] = []
+        for chunk, slots in zip(chunks, sampled, strict=True):
+            if chunk.is_last:
+                row = table.rows[chunk.slot]
+                assert row is not None
+                (resumed if row.owner.decoding else held).extend(slots)
+                if len(slots) > 1:
+                    self._fork(chunk.slot, slots[1:])
+        table.state[held] = RowState.HELD
+        table.state[resumed] = RowState.DECODE
 
     def _fork(self, first: int, others: list[int]) -> None:
         """Give the further choices the prompt's blocks; one that is partly filled is copied for each."""

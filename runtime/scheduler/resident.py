@@ -38,7 +38,6 @@ class ResidentSequence:
     sequence: Sequence
     lease: Lease
     slots: list[int]
-    unfinished: int
     decoding: bool = False  # handed to decode (else it still belongs to prefill)
     posted: bool = False  # given back by prefill, on its way to decode
 
@@ -86,27 +85,29 @@ class ResidentTable:
         self.order[slot] = self._next_order
         self._next_order += 1
         self.prompt_len[slot] = self.target[slot] = length
-        self.computed[slot] = self.launched[slot] = self.outputs_read[slot] = 0
         self.max_outputs[slot] = sequence.sampling.max_new_tokens
         self.deadline[slot] = deadline
-        self.num_blocks[slot] = 0
-        self._write_stop_ids(slot, (*sequence.eos_token_ids, *sequence.sampling.stop_token_ids))
+        if sequence.eos_token_ids or sequence.sampling.stop_token_ids:
+            self._write_stop_ids(slot, (*sequence.eos_token_ids, *sequence.sampling.stop_token_ids))
 
     def _write_stop_ids(self, slot: int, ids: tuple[int, ...]) -> None:
         width = self.stop_ids.shape[1]
         if len(ids) > width:
             extra = np.full((len(self.rows), len(ids) - width), -1, np.int64)
             self.stop_ids = np.concatenate([self.stop_ids, extra], axis=1)
-        self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(ids)] = ids
 
-    def vacate(self, slot: int) -> None:
-        """Forget a row; results still in flight for it become stale."""
-        self.rows[slot] = None
-        self.state[slot] = RowState.FREE
-        self.epoch[slot] += 1
-        self.watched[slot] = False
-        self.deadline[slot] = np.inf
+    def vacate(self, slots: list[int]) -> None:
+        """Forget rows; results still in flight for them become stale."""
+        for slot in slots:
+            self.rows[slot] = None
+        at = np.array(slots, np.int64)
+        self.state[at] = RowState.FREE
+        self.epoch[at] += 1
+        self.computed[at] = self.launched[at] = self.outputs_read[at] = self.num_blocks[at] = 0
+        self.stop_ids[at] = -1
+        self.watched[at] = False
+        self.deadline[at] = np.inf
 
     def set_blocks(self, slot: int, blocks: NDArray[np.int32]) -> None:
         """Replace a row's block table."""
@@ -116,6 +117,12 @@ class ResidentTable:
     def row_blocks(self, slot: int) -> NDArray[np.int32]:
         """A copy of a row's block ids."""
         return self.blocks[slot, : self.num_blocks[slot]].copy()
+
+    def all_blocks(self, slots: list[int]) -> NDArray[np.int32]:
+        """The block ids of several rows, as one array."""
+        counts = self.num_blocks[slots]
+        width = int(counts.max())
+        return self.blocks[slots, :width][np.arange(width) < counts[:, None]]
 
     def tokens(self, slot: int, count: int) -> NDArray[np.int32]:
         """The first `count` tokens of a row: prompt, then outputs read."""

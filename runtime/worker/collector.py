@@ -15,37 +15,37 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ...records import Choice, Sequence
+    from ...records import Sequence
     from ..scheduler.plan import StepPlan, StepResult
     from ..scheduler.resident import ResidentTable
     from .stop_strings import StopStringMatcher
 
+    Ending = tuple[int, FinishReason]  # a slot, and why its row ends
     MakeStopMatcher = Callable[[Sequence], StopStringMatcher]
 
 
 class Collector:
-    """Applies results. `end_row(slot, reason)` is called for each decoding row that ended."""
+    """Applies results. `end_rows` is called with the decoding rows that ended, as (slot, reason)."""
 
     def __init__(
         self,
         table: ResidentTable,
         make_stop_matcher: MakeStopMatcher,
-        end_row: Callable[[int, FinishReason], None],
+        end_rows: Callable[[list[Ending]], None],
     ) -> None:
         self._table = table
         self._make_stop_matcher = make_stop_matcher
-        self._end_row = end_row
+        self._end_rows = end_rows
         self._matchers: dict[int, StopStringMatcher] = {}
         self._matched: dict[int, str] = {}
 
     def watch(self, slot: int, sequence: Sequence) -> None:
         """Note what must be looked at token by token for a row that enters."""
         sampling = sequence.sampling
-        self._matched.pop(slot, None)
-        self._matchers.pop(slot, None)
         if sampling.stop:
             self._matchers[slot] = self._make_stop_matcher(sequence)
-        self._table.watched[slot] = sequence.request.stream or bool(sampling.stop) or sampling.logprobs is not None
+        if sequence.request.stream or sampling.stop or sampling.logprobs is not None:
+            self._table.watched[slot] = True
 
     def collect(
         self, plan: StepPlan, result: StepResult, prefilled: list[Sequence], decoded: list[Sequence | TokenDelta]
@@ -74,15 +74,9 @@ class Collector:
                 self._look_at(int(slots[at]), at if rows is None else int(rows[at]), result, decoded)
         if len(first):
             self._give_back_prefilled(first, now, prefilled)
-        stopped = (tokens[:, None] == table.stop_ids[slots]).any(axis=1)
-        ended = stopped | (count + 1 >= table.max_outputs[slots])
-        if self._matched:
-            ended |= np.isin(slots, list(self._matched))
-        for slot in slots[ended].tolist():
-            if table.state[slot] == RowState.DECODE:
-                reason = self.reason_to_end(slot)
-                assert reason is not None
-                self._end_row(slot, reason)
+        ended = self.find_ended(slots[table.state[slots] == RowState.DECODE])
+        if ended:
+            self._end_rows(ended)
 
     def _give_back_prefilled(self, slots: NDArray[np.int64], now: float, prefilled: list[Sequence]) -> None:
         for slot in slots.tolist():
@@ -136,29 +130,37 @@ class Collector:
         tokens = self._table.outputs[slot, : self._table.outputs_read[slot]].tolist()
         decoded.append(TokenDelta(row.owner.sequence, row.choice.index, tokens))
 
-    def reason_to_end(self, slot: int) -> FinishReason | None:
-        """Why a row has ended, looking at its last token; None if it goes on."""
+    def find_ended(self, slots: NDArray[np.int64]) -> list[Ending]:
+        """Those of the rows, which have a token each, that have ended, looking at their last tokens."""
         table = self._table
-        if slot in self._matched:
-            return FinishReason.STOP
-        count = int(table.outputs_read[slot])
-        if (table.outputs[slot, count - 1] == table.stop_ids[slot]).any():
-            return FinishReason.STOP
-        return FinishReason.LENGTH if count >= table.max_outputs[slot] else None
+        count = table.outputs_read[slots]
+        stopped = (table.outputs[slots, count - 1][:, None] == table.stop_ids[slots]).any(axis=1)
+        if self._matched:
+            stopped |= np.isin(slots, list(self._matched))
+        ended = stopped | (count >= table.max_outputs[slots])
+        if not ended.any():
+            return []
+        reasons = (FinishReason.STOP if stop else FinishReason.LENGTH for stop in stopped[ended].tolist())
+        return list(zip(slots[ended].tolist(), reasons, strict=True))
 
-    def fill_choice(self, slot: int, choice: Choice, reason: FinishReason) -> None:
-        """Write a row's outputs into its choice and its times into its sequence."""
+    def fill_choices(self, endings: list[Ending]) -> None:
+        """Write rows' outputs into their choices and their times into their sequences."""
         table = self._table
-        row = table.rows[slot]
-        assert row is not None
-        choice.output_tokens = table.outputs[slot, : table.outputs_read[slot]].tolist()
-        choice.finish_reason = reason
-        matched = self._matched.pop(slot, None)
-        self._matchers.pop(slot, None)
-        if matched is not None:
-            choice.stop_matched = matched
-        elif reason is FinishReason.STOP:
-            choice.stop_matched = choice.output_tokens[-1]
-        timings = row.owner.sequence.timings
-        if choice.output_tokens:
-            timings.last_token = max(timings.last_token or 0.0, float(table.last_time[slot]))
+        slots = [slot for slot, _ in endings]
+        counts = table.outputs_read[slots]
+        outputs = table.outputs[slots, : counts.max()].tolist()
+        columns = (endings, outputs, counts.tolist(), table.last_time[slots].tolist())
+        for (slot, reason), tokens, count, last_time in zip(*columns, strict=True):
+            row = table.rows[slot]
+            assert row is not None
+            choice, timings = row.choice, row.owner.sequence.timings
+            choice.output_tokens = tokens[:count]
+            choice.finish_reason = reason
+            matched = self._matched.pop(slot, None)
+            self._matchers.pop(slot, None)
+            if matched is not None:
+                choice.stop_matched = matched
+            elif reason is FinishReason.STOP:
+                choice.stop_matched = tokens[count - 1]
+            if count:
+                timings.last_token = max(timings.last_token or 0.0, last_time)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import EngineClosedError
+from ...kv_runtime.cache import Commit
 from ...records import Choice, FinishReason, Sequence, TokenDelta
-from ..scheduler.lease import Lease, LeaseBook
+from ..scheduler.lease import Lease, LeaseBook, namespace_of
 from ..scheduler.planner import MustReadFirst, Planner
 from ..scheduler.resident import ResidentSequence, ResidentTable, Row, RowState
 from ..scheduler.waiting import end_unstarted
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ...kv_runtime.cache import KVCache
     from ...records import Request
     from ..scheduler.plan import StepPlan
-    from .collector import MakeStopMatcher
+    from .collector import Ending, MakeStopMatcher
     from .executor import Executor, StepHandle
 
 
@@ -67,7 +68,7 @@ class Worker:
             on_preempted=self._forget_on_device,
             leases_in_transit=self._leases_in_transit,
         )
-        self._collector = Collector(self._table, make_stop_matcher, self._end_row)
+        self._collector = Collector(self._table, make_stop_matcher, self._end_rows)
         self._unread: deque[tuple[StepPlan, StepHandle]] = deque()
         self._resident: dict[int, ResidentSequence] = {}  # by id of the request
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
@@ -223,7 +224,7 @@ class Worker:
                     sequence.error = f"the worker failed: {self.failure!r}"
                 self._prefilled.append(sequence)
                 continue
-            owner = ResidentSequence(sequence, lease, lease.slots, len(lease.slots))
+            owner = ResidentSequence(sequence, lease, lease.slots)
             self._resident[id(sequence.request)] = owner
             deadline = np.inf
             if sequence.request.interactive and self._request_timeout_s:
@@ -242,6 +243,7 @@ class Worker:
                 lease.copy = None
 
     def _start_decode(self, sequences: list[Sequence]) -> None:
+        started: list[int] = []
         for sequence in sequences:
             owner = self._resident.get(id(sequence.request))
             if owner is None:  # ended or reclaimed on the way
@@ -254,45 +256,55 @@ class Worker:
             if sequence.request.cancelled:
                 self._end_sequence(owner, FinishReason.CANCELLED)
                 continue
-            for slot in list(owner.slots):
-                if sequence.request.stream:
+            if sequence.request.stream:
+                for slot in owner.slots:
                     self._collector.emit_first(slot, self._decoded)
-                reason = self._collector.reason_to_end(slot)
-                if reason is None:
-                    self._table.state[slot] = RowState.DECODE
-                else:
-                    self._end_row(slot, reason)
+            started += owner.slots
+        slots = np.array(started, np.int64)
+        self._table.state[slots] = RowState.DECODE
+        self._end_rows(self._collector.find_ended(slots))
 
     # -- rows leave --------------------------------------------------------------------------------------------------
 
-    def _end_row(self, slot: int, reason: FinishReason) -> None:
-        """Fill the row's choice, commit what may be reused, give blocks and slot back; maybe end its sequence."""
+    def _end_rows(self, endings: list[Ending]) -> None:
+        """Fill the rows' choices, commit what may be reused, give blocks and slots back; maybe end their sequences."""
+        if not endings:
+            return
         table = self._table
-        row = table.rows[slot]
-        assert row is not None
-        owner = row.owner
-        self._collector.fill_choice(slot, row.choice, reason)
-        if owner.lease.commit_outputs and owner.decoding and reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self._commit_outputs(slot, owner)
-        self._planner.forget(slot)
-        if row.choice.index == 0 and len(owner.lease.fork_blocks):
-            self._kv.release(owner.lease.fork_blocks)
-            owner.lease.fork_blocks = np.empty(0, np.int32)
-        self._executor.release(slot)
-        table.vacate(slot)
-        self._leases.give_back_slot(slot)
+        self._collector.fill_choices(endings)
+        self._commit_outputs(endings)
+        slots = [slot for slot, _ in endings]
+        self._planner.forget(slots)
+        finished: list[ResidentSequence] = []
+        for slot in slots:
+            row = table.rows[slot]
+            assert row is not None
+            owner = row.owner
+            if row.choice.index == 0 and len(owner.lease.fork_blocks):
+                self._kv.release(owner.lease.fork_blocks)
+                owner.lease.fork_blocks = np.empty(0, np.int32)
+            self._executor.release(slot)
+            owner.slots = [other for other in owner.slots if other != slot]
+            if not owner.slots:
+                finished.append(owner)
+        table.vacate(slots)
+        self._leases.give_back_slots(slots)
         self._returned = True
-        owner.unfinished -= 1
-        owner.slots = [other for other in owner.slots if other != slot]
-        if not owner.unfinished:
+        for owner in finished:
             self._finish(owner)
 
-    def _commit_outputs(self, slot: int, owner: ResidentSequence) -> None:
+    def _commit_outputs(self, endings: list[Ending]) -> None:
         table = self._table
-        # The last output's KV was never computed: it was nobody's input.
-        count = int(table.prompt_len[slot] + table.outputs_read[slot]) - 1
-        request = owner.sequence.request
-        self._kv.commit(table.tokens(slot, count), table.row_blocks(slot), (request.tenant, request.cache_salt))
+        commits: list[Commit] = []
+        for slot, reason in endings:
+            row = table.rows[slot]
+            assert row is not None
+            owner = row.owner
+            if owner.lease.commit_outputs and owner.decoding and reason in (FinishReason.STOP, FinishReason.LENGTH):
+                # The last output's KV was never computed: it was nobody's input.
+                count = int(table.prompt_len[slot] + table.outputs_read[slot]) - 1
+                commits.append(Commit(table.tokens(slot, count), table.row_blocks(slot), namespace_of(owner.sequence)))
+        self._kv.commit_all(commits)
 
     def _finish(self, owner: ResidentSequence) -> None:
         sequence = owner.sequence
@@ -306,8 +318,7 @@ class Worker:
             self._prefilled.append(sequence)
 
     def _end_sequence(self, owner: ResidentSequence, reason: FinishReason) -> None:
-        for slot in list(owner.slots):
-            self._end_row(slot, reason)
+        self._end_rows([(slot, reason) for slot in owner.slots])
 
     def _cancel(self, requests: list[Request]) -> None:
         for request in requests:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sageLLM.errors import KVCacheError
-from sageLLM.kv_runtime import KVCache
+from sageLLM.kv_runtime import Commit, KVCache
 
 ANYONE = ("", "")
 
@@ -181,6 +181,27 @@ def test_a_refused_commit_leaves_the_tree_as_it_was(tokens, store, cached_length
         cache.commit(np.append(tokens(6), tokens(6, 50)), free, ANYONE)
     cache.check_integrity([])
     assert cached_length(cache, tokens(8)) == 8
+
+
+def test_of_several_commits_all_or_none_are_entered(tokens, store, cached_length):
+    cache = KVCache(8, 4)
+    mine = cache.allocate(2)
+    with pytest.raises(KVCacheError, match="block 7 is free"):
+        cache.commit_all([Commit(tokens(8), mine, ANYONE), Commit(tokens(4, 50), tokens(1, 7), ANYONE)])
+    assert cached_length(cache, tokens(8)) == 0
+    assert cache.commit_all([Commit(tokens(6), mine, ANYONE), Commit(tokens(8), mine, ANYONE)]) == 8
+    assert cache.count_cached([(tokens(8), ANYONE), (tokens(9), ANYONE), (tokens(4, 50), ANYONE)]) == [7, 8, 0]
+    cache.check_integrity([mine])
+
+
+@pytest.mark.parametrize("touch", [True, False])
+def test_what_was_looked_up_is_evicted_last_if_touched(tokens, store, cached_length, touch):
+    cache = KVCache(4, 4)
+    store(cache, tokens(8))
+    store(cache, tokens(8, 50))
+    assert cache.count_cached([(tokens(9), ANYONE)], touch=touch) == [8]
+    cache.allocate(2)
+    assert cached_length(cache, tokens(8)) == (8 if touch else 0)
 
 
 def test_a_million_blocks(tokens, cached_length):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sageLLM.kv_runtime import KVCache, pool
+from sageLLM.kv_runtime import Commit, KVCache, pool
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 NAMESPACES = st.sampled_from([("", ""), ("a", ""), ("", "a")])
@@ -89,6 +89,21 @@ class CacheMachine(RuleBasedStateMachine):
         found = self.match(tokens, owner.namespace, len(tokens))
         assert found.tokens == len(tokens), "just committed, with owners: must be found"
         self.cache.release(found.blocks)
+
+    @precondition(lambda self: self.owners)
+    @rule()
+    def commit_everybody(self):
+        commits = [
+            Commit(as_tokens(owner.tokens[: owner.computed]), as_tokens(owner.blocks), owner.namespace)
+            for owner in self.owners
+        ]
+        self.inserted += self.cache.commit_all(commits)
+        for owner in self.owners:
+            tokens = owner.tokens[: owner.computed]
+            prefixes = self.committed.setdefault(owner.namespace, set())
+            prefixes.update(tuple(tokens[:n]) for n in range(1, len(tokens) + 1))
+            (cached,) = self.cache.count_cached([(as_tokens([*tokens, 0]), owner.namespace)])
+            assert cached == len(tokens), "just committed, with owners: must be found"
 
     @rule(tokens=TOKENS, namespace=NAMESPACES)
     def start(self, tokens, namespace):
