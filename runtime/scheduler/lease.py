@@ -165,9 +165,9 @@ class LeaseBook:
                 if not waiting:
                     del self._computing[key]
 
-    def arrive(self, sequence: Sequence) -> None:
-        """The worker has the sequence: from here on it gives the lease back."""
-        self._in_transit.pop(id(sequence.request), None)
+    def arrive(self, sequence: Sequence) -> bool:
+        """The worker has the sequence: from here on it gives the lease back. False if it was reclaimed on the way."""
+        return self._in_transit.pop(id(sequence.request), None) is not None
 
     @property
     def any_in_transit(self) -> bool:

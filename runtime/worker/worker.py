@@ -215,17 +215,14 @@ class Worker:
         for sequence in sequences:
             lease = sequence.kv
             assert isinstance(lease, Lease)
-            self._leases.arrive(sequence)
-            if sequence.request.cancelled or self.failure is not None:
-                self._leases.give_back_unused(sequence, lease)
-                self._returned = True
-                end_unstarted(sequence, FinishReason.CANCELLED if self.failure is None else FinishReason.ERROR)
-                if self.failure is not None:
-                    sequence.error = f"the worker failed: {self.failure!r}"
-                self._prefilled.append(sequence)
-                continue
             owner = ResidentSequence(sequence, lease, lease.slots)
+            # Known here before it arrives: at every moment `LeaseBook.reclaim` or `_reclaim` finds the lease.
             self._resident[id(sequence.request)] = owner
+            arrived = self._leases.arrive(sequence)
+            if not arrived or sequence.request.cancelled or self.failure is not None:
+                del self._resident[id(sequence.request)]
+                self._refuse(sequence, lease if arrived else None)
+                continue
             deadline = np.inf
             if sequence.request.interactive and self._request_timeout_s:
                 deadline = sequence.request.arrival + self._request_timeout_s
@@ -241,6 +238,16 @@ class Worker:
             if lease.copy is not None:
                 self._planner.add_copy(lease.copy)
                 lease.copy = None
+
+    def _refuse(self, sequence: Sequence, lease: Lease | None) -> None:
+        """Give a sequence back as it came; its lease, unless that was reclaimed, is free again."""
+        if lease is not None:
+            self._leases.give_back_unused(sequence, lease)
+            self._returned = True
+        end_unstarted(sequence, FinishReason.CANCELLED if self.failure is None else FinishReason.ERROR)
+        if self.failure is not None:
+            sequence.error = f"the worker failed: {self.failure!r}"
+        self._prefilled.append(sequence)
 
     def _start_decode(self, sequences: list[Sequence]) -> None:
         started: list[int] = []
