@@ -133,7 +133,16 @@ class Stage:
         return self.sent[before:]
 
     async def settled(self) -> None:
-        await anyio.wait_all_tasks_blocked()
+        for _ in range(100):
+            await anyio.lowlevel.checkpoint()
+
+    async def until(self, condition) -> None:
+        """Wait for what takes real time."""
+        for _ in range(5000):
+            if condition():
+                return
+            await anyio.sleep(0.002)
+        raise AssertionError("it never came true")
 
     async def _arrivals(self):
         async for records in self._records:
