@@ -102,3 +102,4 @@ class Schedule(Operator[ScheduleConfig]):
 
     async def close(self) -> None:
         self._returned.close()
+        self._waiting.clear()

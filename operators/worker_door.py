@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ..records import DeadLetter, Sequence
+from ..records import DeadLetter, Sequence, TokenDelta
 from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet
 
@@ -25,42 +25,49 @@ class WorkerDoor(Operator[OperatorConfig]):
 
     async def open(self) -> None:
         self._back: Mailbox[Any] = Mailbox()
-        self._inside = 0
+        self._inside: set[int] = set()  # by id; what a failed instance has put in comes out here too, but is not ours
         self._ended = False
         self._connect(self._back)
 
     async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._feed, inlet, out)
-            while not (self._ended and self._inside == 0):
-                await self._send(await self._back.get(), out)
+            while self._inside or not self._ended:
+                await self._send(self._take_ours(await self._back.get()), out)
 
     async def _feed(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         async for records in inlet:
             ended = [record for record in records if record.ended]
             going_in = [record for record in records if not record.ended] if ended else records
             if ended:
-                await self._send(ended, out, inside=False)
-            self._inside += len(going_in)
+                await self._send(ended, out)
+            self._inside.update(map(id, going_in))
             self._submit(going_in)
         self._ended = True
         self._back.put([])
 
-    async def _send(self, records: list[Any], out: Outlet, *, inside: bool = True) -> None:
-        good, letters, sequences = [], [], 0
+    def _take_ours(self, records: list[Any]) -> list[Any]:
+        inside, ours = self._inside, []
         for record in records:
-            if isinstance(record, Sequence):
-                sequences += 1
-                if record.error is not None:
-                    letters.append(DeadLetter(record.error, src=record.request.src, request=record.request))
-                    continue
-            good.append(record)
+            if isinstance(record, TokenDelta):
+                if id(record.sequence) in inside:
+                    ours.append(record)
+            elif id(record) in inside:
+                inside.discard(id(record))
+                ours.append(record)
+        return ours
+
+    async def _send(self, records: list[Any], out: Outlet) -> None:
+        good, letters = [], []
+        for record in records:
+            if isinstance(record, Sequence) and record.error is not None:
+                letters.append(DeadLetter(record.error, src=record.request.src, request=record.request))
+            else:
+                good.append(record)
         if good:
             await out.send(good)
         if letters:
             await out.reject(letters)
-        if inside:
-            self._inside -= sequences
 
     async def close(self) -> None:
         self._back.close()

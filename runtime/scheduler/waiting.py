@@ -38,26 +38,35 @@ class WaitingQueue:
         self._waiting.append(sequence)
         self._interactive += sequence.request.interactive
 
+    def clear(self) -> None:
+        """Forget everybody: whoever queued them answers for them."""
+        self._waiting.clear()
+        self._interactive = 0
+
     def take_granted(self) -> list[Sequence]:
         """Grant leases from the front until one does not fit; the granted carry their lease in `kv`."""
-        granted: list[Sequence] = []
-        passed_over: list[Sequence] = []
+        leases = self._leases
+        slots, blocks = leases.free_slots, leases.kv.available()
+        candidates: list[Sequence] = []
+        looked_at: list[Sequence] = []
+        while self._waiting and blocks > 0 and (slots := slots - self._waiting[0].sampling.n) >= 0:
+            sequence = self._waiting.popleft()
+            looked_at.append(sequence)
+            if leases.announce(sequence):
+                candidates.append(sequence)
+                blocks -= leases.estimate_blocks(sequence)
+            else:
+                slots += sequence.sampling.n
+        granted = []
         now = time.monotonic()
-        while self._waiting and self._leases.free_slots:
-            sequence = self._waiting[0]
-            if self._leases.is_prefix_being_computed(sequence):
-                passed_over.append(self._waiting.popleft())
-                continue
-            lease = self._leases.grant(sequence)
-            if lease is None:
-                break
-            self._waiting.popleft()
+        for sequence, lease in zip(candidates, leases.grant(candidates), strict=False):
             sequence.kv = lease
             sequence.prefix_hit_tokens = lease.hit_tokens
             sequence.timings.scheduled = now
             granted.append(sequence)
             self._interactive -= sequence.request.interactive
-        self._waiting.extendleft(reversed(passed_over))
+        if len(granted) < len(looked_at):
+            self._waiting.extendleft(s for s in reversed(looked_at) if s.timings.scheduled is None)
         return granted
 
     def deadline(self, sequence: Sequence) -> float:
