@@ -28,6 +28,10 @@ class Contender(Protocol):
         ...
 
 
+# As many at once as the peer's static batch has.
+_WIDE = {"max_batch_size": 256, "max_decode_batch": 256, "max_prefill_batch": 256}
+
+
 class SageLLM:
     """This engine, through its Python API: the whole standard pipeline is on the path."""
 
@@ -43,7 +47,7 @@ class SageLLM:
                     "model": {"model_id": str(folder), "dtype": dtype},
                     "backend": {"backend_type": "cpu", "threads": threads},
                     "kv_cache": {"max_tokens": 32768},
-                    "scheduler": {"request_timeout_s": 0, "queue_timeout_s": 0, "max_batch_size": 256, "max_decode_batch": 256},
+                    "scheduler": {**_WIDE, "request_timeout_s": 0, "queue_timeout_s": 0},
                 }
             )
         )

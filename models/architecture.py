@@ -55,6 +55,14 @@ class DecoderConfig:
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all matrices; biases and norms are left out."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * (attention + mlp) + embeddings
+
 
 def parse_architecture(data: dict[str, Any], where: str = "config.json") -> DecoderConfig:
     """Read the content of a Hugging Face config.json, as transformers 4 or 5 write it.

@@ -1,5 +1,5 @@
 """Paged attention on the CPU: one gather and one SDPA call a layer for all decoding sequences of similar length, and
-one of each for every prompt chunk.
+one of each for all prompt chunks of the same shape that follow one another.
 
 The pool [N, L, 2, K, P, D] is read as rows of P * D elements, one per (block, layer, k/v, head). A step's row indices
 are computed once, for layer 0; layer l reads the same indices from a view that begins 2 * K * l rows later. SDPA gets
@@ -39,13 +39,15 @@ class DecodeGroup:
 
 
 @dataclass(slots=True)
-class Chunk:
-    """A run of prompt tokens of one sequence. Without a prefix in the pool, K and V are the chunk's own."""
+class Chunks:
+    """Runs of prompt tokens, one each of `count` sequences that follow one another in the step and are alike in
+    length. Without a prefix in the pool, K and V are the chunks' own."""
 
     start: int  # first token of the step
-    stop: int
-    context: int  # tokens of the sequence, these included
-    rows: Tensor | None  # [2 * K * B] rows of the pool for layer 0; None: no prefix
+    count: int
+    length: int  # tokens of each run
+    context: int  # tokens of each sequence, these included
+    rows: Tensor | None  # [2 * count * K * B] rows of the pool for layer 0; None: no prefix
 
 
 @dataclass(slots=True)
@@ -55,7 +57,7 @@ class AttentionPlan:
     keys: Tensor  # [T, K] rows of D elements that the step's K goes to, in layer 0
     values: Tensor  # [T, K] the same for V
     groups: list[DecodeGroup]
-    chunks: list[Chunk]
+    chunks: list[Chunks]
     piece: int  # queries of a chunk that are handled at once
     mask: Tensor  # see `causal_mask`
     scratch: Tensor  # gathered K and V of one group or chunk, rows of P * D elements
@@ -86,20 +88,12 @@ def plan_attention(layout: StepLayout, kv: Tensor, num_heads: int) -> AttentionP
     rows = PoolRows(kv)
     contexts = layout.context_lens.tolist()
     groups = _plan_decodes(layout, contexts[: layout.num_decodes], kv, rows)
-    chunks = []
-    start = layout.num_decodes
-    for index in range(layout.num_decodes, len(contexts)):
-        stop, context = start + layout.query_lens[index], contexts[index]
-        gathered = None
-        if context > stop - start:
-            gathered = rows.of_blocks(layout.block_tables[index : index + 1, : -(-context // rows.block_size)])
-        chunks.append(Chunk(start, stop, context, gathered))
-        start = stop
+    chunks = _plan_chunks(layout, contexts, rows)
     sizes = [group.rows.shape[0] for group in groups]
     sizes += [chunk.rows.shape[0] for chunk in chunks if chunk.rows is not None]
     scratch = torch.empty(max(sizes, default=0), rows.block_size * kv.shape[5], dtype=kv.dtype)
     group_size, longest = num_heads // rows.num_kv_heads, max((chunk.context for chunk in chunks), default=0)
-    piece = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    piece = max((chunk.length for chunk in chunks), default=0)
     piece = min(piece, PIECE, max(1, MASK_ELEMENTS // (group_size * max(longest, 1))))
     mask = causal_mask(piece, group_size, longest, kv.dtype)
     return AttentionPlan(*rows.of_tokens(layout.slots), groups, chunks, piece, mask, scratch)
@@ -114,6 +108,23 @@ def causal_mask(queries: int, group_size: int, keys: int, dtype: torch.dtype) ->
     hidden = torch.ones(queries, queries, dtype=torch.bool).triu_(1).repeat_interleave(group_size, dim=0)
     mask[:, keys - queries :].masked_fill_(hidden, float("-inf"))
     return mask
+
+
+def _plan_chunks(layout: StepLayout, contexts: list[int], rows: PoolRows) -> list[Chunks]:
+    chunks = []
+    start = index = layout.num_decodes
+    while index < len(contexts):
+        length, context = layout.query_lens[index], contexts[index]
+        end = index + 1
+        while end < len(contexts) and (layout.query_lens[end], contexts[end]) == (length, context):
+            end += 1
+        gathered = None
+        if context > length:
+            gathered = rows.of_blocks(layout.block_tables[index:end, : -(-context // rows.block_size)])
+        chunks.append(Chunks(start, end - index, length, context, gathered))
+        start += (end - index) * length
+        index = end
+    return chunks
 
 
 def _plan_decodes(layout: StepLayout, contexts: list[int], kv: Tensor, rows: PoolRows) -> list[DecodeGroup]:
@@ -169,13 +180,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, layer: int, plan: Attent
     for group in plan.groups:
         out[group.members] = _attend_decodes(q[group.members], pool, group, plan.scratch, scale)
     for chunk in plan.chunks:
-        own = slice(chunk.start, chunk.stop)
+        own = slice(chunk.start, chunk.start + chunk.count * chunk.length)
+        shape = (chunk.count, chunk.length, num_kv_heads)
         if chunk.rows is None:
-            keys, values = k[own].transpose(0, 1), v[own].transpose(0, 1)
+            keys, values = (x[own].view(*shape, head_dim).transpose(1, 2) for x in (k, v))
         else:
             gathered = torch.index_select(pool, 0, chunk.rows, out=plan.scratch[: chunk.rows.shape[0]])
-            keys, values = gathered.view(2, num_kv_heads, -1, head_dim)
-        _attend_chunk(q[own], keys, values, chunk.context, plan, scale, out[own])
+            keys, values = gathered.view(2, chunk.count, num_kv_heads, -1, head_dim)
+        inner = (*shape, num_heads // num_kv_heads, head_dim)
+        _attend_chunks(q[own].view(inner), keys, values, chunk.context, plan, scale, out[own].view(inner))
     return out.view(tokens, num_heads, head_dim)
 
 
@@ -187,20 +200,20 @@ def _attend_decodes(q: Tensor, pool: Tensor, group: DecodeGroup, scratch: Tensor
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)
 
 
-def _attend_chunk(
+def _attend_chunks(
     q: Tensor, keys: Tensor, values: Tensor, context: int, plan: AttentionPlan, scale: float, out: Tensor
 ) -> None:
-    """q [T, K, G, D], the last T of `context` tokens; keys, values [K, >= context, D]; fills out [T, K, G, D]."""
-    length, num_kv_heads, group_size, head_dim = q.shape
+    """q [S, T, K, G, D], the last T of `context` tokens each; keys, values [S, K, >= context, D]; fills out like q."""
+    count, length, num_kv_heads, group_size, head_dim = q.shape
     longest = plan.mask.shape[1]
     for start in range(0, length, plan.piece):
         stop = min(start + plan.piece, length)
         seen = context - length + stop
         attended = F.scaled_dot_product_attention(
-            q[start:stop].transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim),
-            keys[None, :, :seen],
-            values[None, :, :seen],
+            q[:, start:stop].transpose(1, 2).reshape(count, num_kv_heads, -1, head_dim),
+            keys[:, :, :seen],
+            values[:, :, :seen],
             attn_mask=plan.mask[(plan.piece - stop + start) * group_size :, longest - seen :],
             scale=scale,
         )
-        out[start:stop] = attended.view(num_kv_heads, -1, group_size, head_dim).transpose(0, 1)
+        out[:, start:stop] = attended.view(count, num_kv_heads, -1, group_size, head_dim).transpose(1, 2)

@@ -150,6 +150,9 @@ def test_cuda_draws_what_the_cpu_draws(kind):
         state = SamplingState(4, 5000, device)
         for slot in range(4):
             state.admit(slot, params, [1, 2], (), choice=slot)
-        launched = [state.sample(step.to(device), np.arange(4), np.full(4, index)) for index, step in enumerate(logits)]
+        launched = [
+            state.sample(step.to(device, copy=True), np.arange(4), np.full(4, index))  # logits are overwritten
+            for index, step in enumerate(logits)
+        ]
         runs.append(torch.stack([sampled.tokens.cpu() for sampled in launched]))
     assert torch.equal(*runs)
