@@ -1,0 +1,148 @@
+"""Laws 2 and 3 under random faults: what went in came out, and no lease, block, task or thread is left.
+
+`make_run(...)()` checks the counters and the leaks after every run; see conftest.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sageLLM.errors import FlowError, OperatorFailedError
+
+FAULTS = ("raise", "raise after", "drop", "reject", "cancel", "delay")
+WHERE = ("tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize")
+
+faults = st.dictionaries(
+    st.sampled_from(WHERE),
+    st.dictionaries(st.sampled_from(FAULTS), st.sampled_from((0.02, 0.1, 0.5)), min_size=1, max_size=3),
+    min_size=1,
+    max_size=3,
+)
+engines = st.fixed_dictionaries(
+    {
+        "kv_cache": st.fixed_dictionaries({"max_tokens": st.sampled_from((64, 128, 512)), "block_size": st.just(4)}),
+        "scheduler": st.fixed_dictionaries(
+            {
+                "max_batch_size": st.integers(3, 8),
+                "max_step_tokens": st.sampled_from((8, 64)),
+                "launch_ahead": st.booleans(),
+            }
+        ),
+    }
+)
+many = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
+
+
+@many
+@given(faults=faults, engine=engines, seed=st.integers(0, 2**16), stream=st.booleans())
+def test_operators_that_fail_on_any_edge(make_run, make_requests, faults, engine, seed, stream):
+    run = make_run(make_requests(25, seed, stream), engine, faults=faults, seed=seed)()
+    assert run.error is None
+    assert run.counts["accepted"] == 25
+    run.check_everyone_had_one_end()
+
+
+@many
+@given(
+    faults=faults,
+    engine=engines,
+    seed=st.integers(0, 2**16),
+    how=st.sampled_from(("drain", "abort")),
+    turns=st.integers(0, 400),
+)
+def test_drained_or_aborted_at_any_moment(make_run, make_requests, faults, engine, seed, how, turns):
+    run = make_run(make_requests(25, seed, stream=True), engine, faults=faults, seed=seed, end=(how, turns))()
+    if how == "drain":
+        assert run.error is None
+        run.check_everyone_had_one_end()
+        assert run.flow.ledger.accepted + len(run.unsent) == 25, "a request was taken and is nowhere"
+    elif run.error is not None:
+        assert isinstance(run.error, FlowError)
+        assert "aborted" in str(run.error)
+
+
+@many
+@given(seed=st.integers(0, 2**16), often=st.sampled_from((0.02, 0.2)))
+def test_a_device_that_stumbles(make_run, make_requests, small_engine, seed, often):
+    import random
+
+    from sageLLM.runtime.worker import executor
+
+    chance = random.Random(seed)
+    launch = executor.NullExecutor.launch
+
+    def stumble(self, plan):
+        if chance.random() < often:
+            raise RuntimeError("the device stumbled")
+        handle = launch(self, plan)
+        if chance.random() < often:
+            handle.result = lambda: (_ for _ in ()).throw(RuntimeError("late"))
+        return handle
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor.NullExecutor, "launch", stumble)
+        patch.setattr(executor, "_NullHandle", type("Handle", (executor._NullHandle,), {"__slots__": ("result",)}))
+        run = make_run(make_requests(25, seed), small_engine, seed=seed)()
+    assert run.error is None
+    run.check_everyone_had_one_end()
+    assert run.counts.get("error", 0) == len(run.letters)
+
+
+@many
+@given(seed=st.integers(0, 2**16), where=st.sampled_from(("schedule", "prefill", "decode")), nth=st.integers(1, 10))
+def test_a_stage_of_ours_that_fails_and_is_restarted(make_run, make_requests, small_engine, seed, where, nth):
+    """Whatever the stage had taken is rejected, whatever it had put into the worker is taken back."""
+    from sageLLM.operators.decode import Decode
+    from sageLLM.operators.prefill import Prefill
+    from sageLLM.runtime.scheduler.lease import LeaseBook
+
+    target, method = {
+        "schedule": (LeaseBook, "grant"),
+        "prefill": (Prefill, "_submit"),
+        "decode": (Decode, "_submit"),
+    }[where]
+    original, calls = getattr(target, method), []
+
+    def fail_once(self, argument):
+        calls.append(None)
+        result = original(self, argument)
+        if len(calls) == nth:
+            raise ValueError("the test says so")
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, method, fail_once)
+        run = make_run(make_requests(25, seed), small_engine, seed=seed)()
+    assert run.error is None
+    run.check_everyone_had_one_end()
+    if len(calls) >= nth:
+        assert run.flow.report().operators[where]["restarts"] == 1
+
+
+def test_a_stage_that_fails_for_ever_ends_everything(make_run, make_requests, small_engine):
+    run = make_run(
+        make_requests(25), small_engine, faults={"prefill": {"raise": 1.0}},
+    )  # fmt: skip
+    pipeline = run.pipeline
+
+    def with_few_restarts():
+        built = pipeline()
+        node = built.nodes["after_prefill"]
+        restart = node.config.restart.model_copy(update={"max_restarts": 2})
+        built.nodes["after_prefill"] = type(node)(
+            node.name, node.spec, node.config.model_copy(update={"restart": restart})
+        )
+        return built
+
+    run.pipeline = with_few_restarts
+    run()
+    assert isinstance(run.error, OperatorFailedError)
+    assert "'after_prefill' failed 3 times" in str(run.error)
+    assert "done" not in run.counts
