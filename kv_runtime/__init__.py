@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from ..config import KVGranularity
-from .cache import Commit, KVCache, KVCacheStats, PrefixMatch
+from .cache import Acquired, Commit, KVCache, KVCacheStats, PrefixMatch, Want
 
-__all__ = ["Commit", "KVCache", "KVCacheStats", "KVGranularity", "PrefixMatch"]
+__all__ = ["Acquired", "Commit", "KVCache", "KVCacheStats", "KVGranularity", "PrefixMatch", "Want"]

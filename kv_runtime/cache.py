@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,6 +29,28 @@ class PrefixMatch:
 
     tokens: int
     blocks: Int32Array
+
+
+NO_MATCH = PrefixMatch(0, NO_BLOCKS)
+
+
+class Want(NamedTuple):
+    """KV for a prompt `tokens` [T], of which at most the first `limit` may be cached ones, and `spare` blocks more."""
+
+    tokens: Int32Array
+    namespace: Namespace
+    limit: int
+    spare: int = 0
+
+
+class Acquired(NamedTuple):
+    """A cached prefix and, in `fresh`, own blocks from the one on that the prefix does not fill, then the spare ones.
+
+    Of the match the last block is only shared until it has been copied, if the prefix ends inside it.
+    """
+
+    match: PrefixMatch
+    fresh: Int32Array
 
 
 class Commit(NamedTuple):
@@ -92,19 +115,24 @@ class KVCache:
         as just used.
         """
         tokens = np.asarray(tokens, dtype=np.int32)
-        length = 0
         with self._lock:
-            blocks = NO_BLOCKS
-            if self.shares_prefixes and limit > 0:
-                length, blocks = self._tree.match(tokens[:limit], namespace, record)
-            if length:
-                self._pool.retain(blocks)
+            found = self._find(tokens, namespace, limit, record)
+            if found.tokens:
+                self._pool.retain(found.blocks)
             if record:
-                self._queries += 1
-                self._queried_tokens += tokens.size
-                self._hits += length > 0
-                self._hit_tokens += length
-        return PrefixMatch(length, blocks)
+                self._count_query(tokens, found.tokens)
+        return found
+
+    def _find(self, tokens: Int32Array, namespace: Namespace, limit: int, touch: bool) -> PrefixMatch:
+        if self.shares_prefixes and limit > 0:
+            return PrefixMatch(*self._tree.match(tokens[:limit], namespace, touch))
+        return NO_MATCH
+
+    def _count_query(self, tokens: Int32Array, hit: int) -> None:
+        self._queries += 1
+        self._queried_tokens += tokens.size
+        self._hits += hit > 0
+        self._hit_tokens += hit
 
     def count_cached(self, prompts: Iterable[tuple[Int32Array, Namespace]], *, touch: bool = True) -> list[int]:
         """Return how many tokens of each prompt are cached, its last one left out; `touch` marks them as just used."""
@@ -147,6 +175,31 @@ class KVCache:
             self._committed_tokens += inserted
         return inserted
 
+    def acquire(self, wants: Sequence[Want]) -> list[Acquired]:
+        """Match and allocate for several prompts, in order, up to the first for which too few blocks exist.
+
+        The caller owns one reference on each block. Matches count in the statistics and mark what they hit as just
+        used, as in `match`; what does not fit takes nothing.
+        """
+        if not wants:
+            return []
+        pool, size = self._pool, self.block_size
+        with self._lock:
+            matches = [self._find(want.tokens, want.namespace, want.limit, touch=True) for want in wants]
+            counts = [
+                -(-want.tokens.size // size) - match.tokens // size + want.spare
+                for want, match in zip(wants, matches, strict=True)
+            ]
+            fitting = pool.count_fitting([match.blocks for match in matches], counts)
+            pool.retain(np.concatenate([NO_BLOCKS, *(match.blocks for match in matches[:fitting])]))
+            fresh = self._take(sum(counts[:fitting]))
+            for want, match in zip(wants[:fitting], matches, strict=False):
+                self._count_query(want.tokens, match.tokens)
+        ends = [*accumulate(counts[:fitting])]
+        return [
+            Acquired(match, fresh[end - count : end]) for match, count, end in zip(matches, counts, ends, strict=False)
+        ]
+
     def allocate(self, count: int) -> Int32Array | None:
         """Take `count` blocks, each with one reference, evicting as needed; None, and nothing taken, if too few exist.
 
@@ -159,9 +212,12 @@ class KVCache:
         with self._lock:
             if count > pool.num_free + pool.num_evictable:
                 return None
-            if count > pool.num_free:
-                self._evicted_blocks += self._tree.evict(count)
-            return pool.take(count)
+            return self._take(count)
+
+    def _take(self, count: int) -> Int32Array:
+        if count > self._pool.num_free:
+            self._evicted_blocks += self._tree.evict(count)
+        return self._pool.take(count)
 
     def retain(self, blocks: Int32Array) -> None:
         """Add one reference per entry.

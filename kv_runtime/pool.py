@@ -145,6 +145,15 @@ class BlockPool:
         self.owners.counts[blocks] = 1
         return blocks
 
+    def count_fitting(self, shared: list[Int32Array], counts: list[int]) -> int:
+        """Return how many, from the first on, can have their `shared` blocks retained and `counts[i]` blocks taken."""
+        joined = np.concatenate(shared)
+        places = np.repeat(np.arange(len(counts)), [blocks.size for blocks in shared])
+        distinct, first = np.unique(joined, return_index=True)
+        no_longer_evictable = places[first[self.owners.counts[distinct] == 0]]
+        needed = np.cumsum(counts + np.bincount(no_longer_evictable, minlength=len(counts)))
+        return int(needed.searchsorted(self.num_free + self.num_evictable, side="right"))
+
     def check_referenced(self, blocks: Int32Array) -> None:
         """Raise KVCacheError if a block is free or not of this pool."""
         if not blocks.size:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kv_runtime.cache import Commit
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.scheduler.lease import Lease, namespace_of
 
@@ -35,6 +34,8 @@ class KVCommit(Operator[KVCommitConfig]):
     example = "kv_commit: {outputs: true}"
 
     async def process(self, records: list[Any], out: Outlet) -> None:
+        from ..kv_runtime.cache import Commit
+
         engine = self.context.engine
         computed = [sequence for sequence in records if isinstance(sequence.kv, Lease)]  # the others have ended
         engine.kv.commit_all(

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ...kv_runtime.cache import KVCache
+    from ...kv_runtime.cache import Acquired, KVCache, Want
     from ...records import Request, Sequence
 
 Namespace = tuple[str, str]
+PrefixKey = tuple[Namespace, bytes]  # and the first block's tokens
 
 
 def namespace_of(sequence: Sequence) -> Namespace:
@@ -44,7 +45,7 @@ class Lease:
     copy: BlockCopy | None
     fork_blocks: NDArray[np.int32]  # one for each further choice whose prompt ends inside a block
     commit_outputs: bool = False
-    prefix_key: tuple[Namespace, bytes] | None = None
+    prefix_key: PrefixKey | None = None
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class PrefixHint:
     """Left by kv_lookup on a sequence: it may reuse cached prefixes, and how much there was at the time."""
 
     tokens: int
+    prefix_key: PrefixKey | None = None  # under which its prompt is announced
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class LeaseBook:
     paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
-    _computing: dict[tuple[Namespace, bytes], list[Sequence]] = field(default_factory=dict)
+    _computing: dict[PrefixKey, list[Sequence]] = field(default_factory=dict)
     _in_transit: dict[int, tuple[Sequence, Lease]] = field(default_factory=dict)  # by id of the request
 
     def __post_init__(self) -> None:
@@ -92,77 +94,93 @@ class LeaseBook:
                 f"{blocks} KV blocks, the pool has {self.kv.num_blocks}: shorten it or raise kv_cache.max_tokens"
             )
 
-    def grant(self, sequence: Sequence) -> Lease | None:
-        """Give slots and blocks, or None while there are too few."""
-        prompt, count = sequence.prompt_tokens, sequence.sampling.n
-        with self._lock:
-            if self.paused or len(self._free) < count:
-                return None
-            slots = [self._free.pop() for _ in range(count)]
-        reuse = isinstance(sequence.kv, PrefixHint) and sequence.sampling.prompt_logprobs is None
-        granted = self._take_blocks(sequence, prompt, reuse)
-        if granted is None:
-            with self._lock:
-                self._free.extend(slots)
-            return None
-        blocks, hit, copy, fork_blocks = granted
-        lease = Lease(slots, blocks, hit, copy, fork_blocks)
-        self._in_transit[id(sequence.request)] = (sequence, lease)
-        if reuse and len(prompt) - hit > self.block_size:
-            lease.prefix_key = self._prefix_key(sequence)
-            with self._lock:
-                self._computing.setdefault(lease.prefix_key, []).append(sequence)
-        return lease
+    def estimate_blocks(self, sequence: Sequence) -> int:
+        """How many blocks a lease may take out of the pool: exact if the cache is as kv_lookup found it."""
+        cached = sequence.kv.tokens if isinstance(sequence.kv, PrefixHint) else 0
+        return -(-len(sequence.prompt_tokens) // self.block_size) - cached // self.block_size
 
-    def _take_blocks(
-        self, sequence: Sequence, prompt: NDArray[np.int32], reuse: bool
-    ) -> tuple[NDArray[np.int32], int, BlockCopy | None, NDArray[np.int32]] | None:
-        size = self.block_size
+    def announce(self, sequence: Sequence) -> bool:
+        """Note that a prompt is about to be computed, so that others can wait for the prefix that they share.
+
+        False, and nothing is noted, if this one had better wait: a prompt that was announced before shares at least
+        one more block with it than the cache holds by now.
+        """
+        hint, prompt = sequence.kv, sequence.prompt_tokens
+        if not _may_reuse(sequence) or len(prompt) <= self.block_size:
+            return True
+        namespace = namespace_of(sequence)
+        key = (namespace, prompt[: self.block_size].tobytes())
+        with self._lock:
+            others = self._computing.setdefault(key, [])
+            if others:
+                (cached,) = self.kv.count_cached([(prompt, namespace)], touch=False)
+                end = cached + self.block_size
+                head = prompt[:end].tobytes()
+                if end < len(prompt) and any(other.prompt_tokens[:end].tobytes() == head for other in others):
+                    return False
+            others.append(sequence)
+        hint.prefix_key = key
+        return True
+
+    def grant(self, sequences: list[Sequence]) -> list[Lease]:
+        """Give slots and blocks to as many of the sequences, from the first on, as there are enough for.
+
+        The others are no longer announced.
+        """
+        slots: list[list[int]] = []
+        with self._lock:
+            for sequence in [] if self.paused else sequences:
+                count = sequence.sampling.n
+                if len(self._free) < count:
+                    break
+                slots.append([self._free.pop() for _ in range(count)])
+        acquired = self.kv.acquire([self._want(sequence) for sequence in sequences[: len(slots)]])
+        leases = [self._make_lease(*granted) for granted in zip(sequences, slots, acquired, strict=False)]
+        for unused in slots[len(leases) :]:
+            self.give_back_slots(unused)
+        for sequence in sequences[len(leases) :]:
+            if isinstance(sequence.kv, PrefixHint):
+                self._retract(sequence, sequence.kv)
+        return leases
+
+    def _want(self, sequence: Sequence) -> Want:
+        from ...kv_runtime.cache import Want
+
+        prompt = sequence.prompt_tokens
+        limit = len(prompt) - 1 if _may_reuse(sequence) else 0
+        forks = sequence.sampling.n - 1 if len(prompt) % self.block_size else 0
+        return Want(prompt, namespace_of(sequence), limit, forks)
+
+    def _make_lease(self, sequence: Sequence, slots: list[int], acquired: Acquired) -> Lease:
         import numpy as np
 
-        shared = np.empty(0, np.int32)
-        hit = 0
-        if reuse:
-            match = self.kv.match(prompt, namespace_of(sequence), limit=len(prompt) - 1, record=True)
-            shared, hit = match.blocks, match.tokens
+        size, length = self.block_size, len(sequence.prompt_tokens)
+        (hit, shared), fresh = (acquired.match.tokens, acquired.match.blocks), acquired.fresh
         full = hit // size
-        own = -(-len(prompt) // size) - full
-        forks = sequence.sampling.n - 1 if len(prompt) % size else 0
-        fresh = self.kv.allocate(own + forks)
-        if fresh is None:
-            self.kv.release(shared)
-            return None
+        own = -(-length // size) - full
         copy = BlockCopy(int(shared[full]), int(fresh[0])) if hit % size else None
         blocks = np.concatenate([shared[:full], fresh[:own]]) if full else fresh[:own]
-        return blocks, hit, copy, fresh[own:]
-
-    def _prefix_key(self, sequence: Sequence) -> tuple[Namespace, bytes]:
-        return namespace_of(sequence), sequence.prompt_tokens[: self.block_size].tobytes()
-
-    def is_prefix_being_computed(self, sequence: Sequence) -> bool:
-        """Whether a running prompt shares at least one more block with this one than the cache holds by now."""
-        if not self._computing or not isinstance(sequence.kv, PrefixHint):
-            return False
-        others = self._computing.get(self._prefix_key(sequence))
-        if not others:
-            return False
-        prompt = sequence.prompt_tokens
-        shared = max(common_prefix(prompt, other.prompt_tokens) for other in list(others))
-        if shared < self.block_size:
-            return False
-        (cached,) = self.kv.count_cached([(prompt, namespace_of(sequence))], touch=False)
-        return min(shared, len(prompt) - 1) - cached >= self.block_size
+        lease = Lease(slots, blocks, hit, copy, fresh[own:])
+        if isinstance(sequence.kv, PrefixHint):
+            lease.prefix_key = sequence.kv.prefix_key
+            if length - hit <= size:
+                self._retract(sequence, lease)
+        self._in_transit[id(sequence.request)] = (sequence, lease)
+        return lease
 
     def prefix_computed(self, sequence: Sequence, lease: Lease) -> None:
         """The prompt's KV is in the tree, or never will be: nobody needs to wait for it."""
-        if lease.prefix_key is None:
+        self._retract(sequence, lease)
+
+    def _retract(self, sequence: Sequence, announced: Lease | PrefixHint) -> None:
+        if announced.prefix_key is None:
             return
         with self._lock:
-            key, lease.prefix_key = lease.prefix_key, None
+            key, announced.prefix_key = announced.prefix_key, None
             if key is not None:
-                waiting = self._computing[key]
-                waiting.remove(sequence)
-                if not waiting:
+                others = self._computing[key]
+                others.remove(sequence)
+                if not others:
                     del self._computing[key]
 
     def arrive(self, sequence: Sequence) -> bool:
@@ -199,9 +217,6 @@ class LeaseBook:
             self._free.extend(lease.slots)
 
 
-def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """Length of the common prefix of two token arrays."""
-    length = min(len(a), len(b))
-    differs = a[:length] != b[:length]
-    at = int(differs.argmax()) if length else 0
-    return at if length and differs[at] else length
+def _may_reuse(sequence: Sequence) -> bool:
+    """Prompt logprobs need every position computed."""
+    return isinstance(sequence.kv, PrefixHint) and sequence.sampling.prompt_logprobs is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sageLLM.errors import KVCacheError
-from sageLLM.kv_runtime import Commit, KVCache
+from sageLLM.kv_runtime import Commit, KVCache, Want
 
 ANYONE = ("", "")
 
@@ -202,6 +202,31 @@ def test_what_was_looked_up_is_evicted_last_if_touched(tokens, store, cached_len
     assert cache.count_cached([(tokens(9), ANYONE)], touch=touch) == [8]
     cache.allocate(2)
     assert cached_length(cache, tokens(8)) == (8 if touch else 0)
+
+
+def test_acquire_matches_and_allocates_for_each_in_turn(tokens, store):
+    cache = KVCache(16, 4)
+    cached = store(cache, tokens(10))
+    wants = [Want(tokens(12), ANYONE, 11), Want(tokens(7, 50), ANYONE, 6, spare=2), Want(tokens(8), ANYONE, 0)]
+    first, second, third = cache.acquire(wants)
+    assert (first.match.tokens, first.match.blocks.tolist(), first.fresh.size) == (10, cached.tolist(), 1)
+    assert (second.match.tokens, second.fresh.size) == (0, 4)
+    assert (third.match.tokens, third.fresh.size) == (0, 2)
+    cache.check_integrity([first.match.blocks, first.fresh, second.fresh, third.fresh])
+    assert (cache.stats().queries, cache.stats().hit_tokens) == (3, 10)
+
+
+@pytest.mark.parametrize(("blocks", "granted"), [(8, 3), (7, 3), (6, 2), (5, 1), (3, 1), (2, 0)])
+def test_acquire_stops_at_the_first_that_does_not_fit(tokens, store, blocks, granted):
+    """A matched block that could be evicted counts once: afterwards it is owned."""
+    cache = KVCache(blocks, 4)
+    cached = store(cache, tokens(8))
+    wants = [Want(np.append(tokens(8), tokens(4, 10 * n)).astype(np.int32), ANYONE, 11) for n in (5, 6)]
+    got = cache.acquire([wants[0], Want(tokens(12, 100), ANYONE, 11), wants[1], Want(tokens(99), ANYONE, 98)])
+    assert len(got) == granted
+    cache.check_integrity([array for each in got for array in (each.match.blocks, each.fresh)])
+    assert cache.stats().queries == granted
+    assert all(each.match.blocks.tolist() in ([], cached.tolist()) for each in got)
 
 
 def test_a_million_blocks(tokens, cached_length):

@@ -56,6 +56,10 @@ class Bench:
             self.leases.check_fits(sequence)
             self.waiting.offer(sequence)
 
+    def grant(self, sequence):
+        granted = self.leases.grant([sequence])
+        return granted[0] if granted else None
+
     def run(self, limit=10_000):
         for _ in range(limit):
             self.finished += self.waiting.take_ended()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sageLLM.errors import RequestError
-from sageLLM.runtime.scheduler.lease import common_prefix
 
 
 def test_a_lease_has_a_slot_per_choice_and_blocks_for_the_prompt(bench):
     b = bench(block_size=4)
-    lease = b.leases.grant(b.sequence(range(10), n=3))
+    lease = b.grant(b.sequence(range(10), n=3))
     assert len(lease.slots) == 3
     assert len(lease.blocks) == 3
     assert len(lease.fork_blocks) == 2  # the third block is partly filled: each further choice needs its own
@@ -22,13 +18,13 @@ def test_a_lease_has_a_slot_per_choice_and_blocks_for_the_prompt(bench):
 
 def test_a_prompt_of_whole_blocks_needs_no_fork_blocks(bench):
     b = bench(block_size=5)
-    assert len(b.leases.grant(b.sequence(range(10), n=3)).fork_blocks) == 0
+    assert len(b.grant(b.sequence(range(10), n=3)).fork_blocks) == 0
 
 
 def test_no_lease_without_blocks_and_nothing_is_taken(bench):
     b = bench(blocks=4)
-    b.leases.grant(b.sequence(range(12)))
-    assert b.leases.grant(b.sequence(range(20, 30))) is None
+    b.grant(b.sequence(range(12)))
+    assert b.grant(b.sequence(range(20, 30))) is None
     assert b.leases.free_slots == 7
     assert b.kv.num_free == 1
 
@@ -36,14 +32,14 @@ def test_no_lease_without_blocks_and_nothing_is_taken(bench):
 def test_no_lease_while_preempted_rows_wait(bench):
     b = bench()
     b.leases.paused = True
-    assert b.leases.grant(b.sequence(range(5))) is None
+    assert b.grant(b.sequence(range(5))) is None
 
 
 def test_a_hit_shares_whole_blocks_and_copies_the_one_it_ends_in(bench):
     b = bench(block_size=4)
     b.offer(b.sequence(range(10)))
     b.run()
-    lease = b.leases.grant(b.sequence([*range(10), 77, 78]))
+    lease = b.grant(b.sequence([*range(10), 77, 78]))
     assert lease.hit_tokens == 10
     assert lease.copy.target == lease.blocks[2]
     assert lease.copy.source != lease.blocks[2]
@@ -53,14 +49,14 @@ def test_at_least_one_token_is_always_computed(bench):
     b = bench(block_size=4)
     b.offer(b.sequence(range(8)))
     b.run()
-    assert b.leases.grant(b.sequence(range(8))).hit_tokens == 7
+    assert b.grant(b.sequence(range(8))).hit_tokens == 7
 
 
 def test_prompt_logprobs_need_every_position_so_nothing_is_reused(bench):
     b = bench(block_size=4)
     b.offer(b.sequence(range(8)))
     b.run()
-    assert b.leases.grant(b.sequence(range(8), prompt_logprobs=1)).hit_tokens == 0
+    assert b.grant(b.sequence(range(8), prompt_logprobs=1)).hit_tokens == 0
 
 
 def test_without_kv_lookup_nothing_is_reused(bench):
@@ -69,7 +65,7 @@ def test_without_kv_lookup_nothing_is_reused(bench):
     b.run()
     sequence = b.sequence(range(8))
     sequence.kv = None
-    assert b.leases.grant(sequence).hit_tokens == 0
+    assert b.grant(sequence).hit_tokens == 0
 
 
 def test_more_choices_than_slots_is_refused(bench):
@@ -83,7 +79,7 @@ def test_a_lease_that_was_never_used_goes_back_whole(bench):
     b.offer(b.sequence(range(10)))
     b.run()
     sequence = b.sequence([*range(10), *range(50, 70)], n=2)
-    assert b.leases.grant(sequence) is not None
+    assert b.grant(sequence) is not None
     assert b.leases.reclaim(sequence.request)
     assert not b.leases.reclaim(sequence.request)
     b.check_nothing_leaks()
@@ -97,11 +93,3 @@ def test_waiting_sequences_keep_their_order_behind_a_prefix(bench):
     assert b.waiting.take_granted() == [first, other]  # second waits for the prefix that first computes
     b.leases.prefix_computed(first, first.kv)
     assert b.waiting.take_granted() == [second]
-
-
-@given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
-def test_common_prefix(a, b):
-    expected = 0
-    while expected < min(len(a), len(b)) and a[expected] == b[expected]:
-        expected += 1
-    assert common_prefix(np.array(a, np.int32), np.array(b, np.int32)) == expected
