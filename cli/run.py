@@ -42,10 +42,11 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
 
     services = EngineServices(pipeline.engine)
     flow = assemble(pipeline, services)
-    with reporter.loading(pipeline):
-        if services.is_needed_by(pipeline):
+    needed = services.is_needed_by(pipeline)
+    if needed:
+        with reporter.loading(pipeline):
             await anyio.to_thread.run_sync(services.load)
-    async with services.running(), anyio.create_task_group() as tasks:
+    async with services.running(needed), anyio.create_task_group() as tasks:
         tasks.start_soon(drain_on_signals, flow)
         tasks.start_soon(reporter.follow, flow)
         try:

@@ -142,8 +142,14 @@ class EngineServices:
         return StopStringMatcher(self.tokenizer.stream(), sequence.sampling.stop, sequence.sampling.min_tokens)
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Run the step loop for as long as the context lasts; leaving ends what is resident with an error."""
+    async def running(self, needed: bool = True) -> AsyncIterator[None]:
+        """Run the step loop for as long as the context lasts; leaving ends what is resident with an error.
+
+        Once only. Where the pipeline has no stage that runs the model (`needed` False), nothing is loaded.
+        """
+        if not needed:
+            yield
+            return
         from .worker.driver import TaskDriver, ThreadDriver
 
         driver = TaskDriver(self.worker) if self.is_null else ThreadDriver(self.worker)
@@ -154,6 +160,7 @@ class EngineServices:
                     yield
                 finally:
                     driver.stop()
+                    self.executor.close()
 
     def cancel(self, requests: list[Request]) -> None:
         """End requests wherever they are; from any thread."""

@@ -40,6 +40,10 @@ class Executor(Protocol):
         """Queue the step on the device and return without waiting for it, where the device allows."""
         ...
 
+    def close(self) -> None:
+        """Wait for what was launched and end what the executor runs on."""
+        ...
+
 
 class _NullHandle:
     __slots__ = ("_result",)
@@ -71,3 +75,6 @@ class NullExecutor:
 
         tokens = 97 + (self._prompt_length[plan.sample_slots] + plan.sample_steps) % 26
         return _NullHandle(StepResult(tokens))
+
+    def close(self) -> None:
+        """Nothing runs."""
