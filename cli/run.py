@@ -37,6 +37,7 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     from ..benchmarks.gates import check_gates
     from ..operators.metrics import Metrics
     from ..runtime.assembly import assemble
+    from ..runtime.flow.groups import lone_error_unwrapped
     from ..runtime.flow.signals import drain_on_signals
     from ..runtime.services import EngineServices
 
@@ -46,13 +47,14 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     if needed:
         with reporter.loading(pipeline):
             await anyio.to_thread.run_sync(services.load)
-    async with services.running(needed), anyio.create_task_group() as tasks:
-        tasks.start_soon(drain_on_signals, flow)
-        tasks.start_soon(reporter.follow, flow)
-        try:
-            report = await flow.run()
-        finally:
-            tasks.cancel_scope.cancel()
+    with lone_error_unwrapped():
+        async with services.running(needed), anyio.create_task_group() as tasks:
+            tasks.start_soon(drain_on_signals, flow)
+            tasks.start_soon(reporter.follow, flow)
+            try:
+                report = await flow.run()
+            finally:
+                tasks.cancel_scope.cancel()
     summaries = [operator.summary() for operator in flow.operators.values() if isinstance(operator, Metrics)]
     reporter.summarize(report, summaries)
     if summaries:
