@@ -1,57 +1,76 @@
-"""filter: keeps the records for which a function of the user's says yes."""
+"""filter: keeps the records that meet conditions, or for which a function of the user's says yes."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
-from ..records import DeadLetter
-from ..runtime.flow.ledger import request_of
+from pydantic import Field, model_validator
+
+from ..records import DeadLetter, TokenDelta
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, operator
-from .functions import find_function
+from .conditions import Condition  # noqa: TC001 - pydantic reads the annotation
+from .functions import explain_failure, find_function
 
 
 class FilterConfig(OperatorConfig):
-    """`function` is a name given with `@register_function`; a true result keeps the record."""
+    """Either `where`, conditions that must all hold, or `function`, a name given with `@register_function`."""
 
-    function: str
+    where: list[Condition] = Field(default_factory=list)
+    function: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> FilterConfig:
+        if bool(self.where) == (self.function is not None):
+            raise ValueError("write either `where: [{field: ..., op: ..., value: ...}]` or `function: <name>`")
+        return self
 
 
 @operator("filter")
 class Filter(Operator[FilterConfig]):
-    """Passes on the records for which a registered function returns a true value; the others end here, as done.
+    """Passes on the records that meet its conditions; the others leave by `rest`, or end here if that has no edge.
 
-    A record for which the function raises becomes a dead letter.
+    A request whose record ends here is done, and counted as filtered. A record for which a function raises, or that
+    lacks a field, becomes a dead letter. TokenDeltas always pass: what is judged is the record at the end of a stream.
 
-    Guarantee: each record leaves at most once, unchanged, in order; what is dropped is counted (`dropped`).
+    Guarantee: each record leaves at most once, unchanged and in order; what ends here is counted.
     """
 
     config_model = FilterConfig
     inputs = (Port("in"),)
-    outputs = (Port("out", same_as="in"), ERROR_PORT)
-    guarantee = "each record leaves at most once, unchanged, in order; what is dropped is counted"
-    example = "filter: {function: is_short}"
+    outputs = (Port("out", same_as="in"), Port("rest", same_as="in", optional=True), ERROR_PORT)
+    guarantee = "each record leaves at most once, unchanged and in order; what ends here is counted"
+    example = """\
+operators:
+  short: {type: filter, where: [{field: output_length, op: "<", value: 100}]}
+edges:
+  - detokenize -> short -> sink
+  - short.rest -> long_answers
+"""
 
     async def open(self) -> None:
-        self._function = find_function(self.config.function)
+        name = self.config.function
+        self._function = self._meets_all if name is None else find_function(name)
 
     async def process(self, records: list[Any], out: Outlet) -> None:
         kept: list[Any] = []
-        dropped: list[Any] = []
+        rest: list[Any] = []
         letters: list[DeadLetter] = []
         for record in records:
+            if isinstance(record, TokenDelta):
+                kept.append(record)
+                continue
             try:
                 keep = self._function(record)
                 if inspect.isawaitable(keep):
                     keep = await keep
             except Exception as error:
-                request = request_of(record)
-                text = f"{self.context.name}: {type(error).__name__}: {error}"
-                letters.append(DeadLetter(text, src=request.src if request else None, request=request))
+                letters.append(explain_failure(self.context.name, record, error))
             else:
-                (kept if keep else dropped).append(record)
+                (kept if keep else rest).append(record)
         await out.send(kept)
-        if dropped:
-            out.drop(dropped)
-        if letters:
-            await out.reject(letters)
+        await out.send(rest, "rest")
+        await out.reject(letters)
+
+    def _meets_all(self, record: Any) -> bool:
+        return all(condition.holds(record) for condition in self.config.where)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RequestError
+from ..records import DeadLetter
+from ..runtime.flow.ledger import request_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ..records import Record
 
 FunctionT = TypeVar("FunctionT", bound="Callable[..., Any]")
 
@@ -44,3 +48,12 @@ def find_function(name: str) -> Callable[..., Any]:
         hint = f"did you mean {near[0]!r}?" if near else "register it with @register_function and --allow-module"
         raise ConfigError(f"no function {name!r} is registered: {hint}")
     return function
+
+
+def explain_failure(operator: str, record: Record, error: Exception) -> DeadLetter:
+    """The dead letter of a record for which a function raised."""
+    text = str(error) if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
+    if isinstance(record, DeadLetter):
+        return DeadLetter(f"{record.error}; then {operator}: {text}", record.raw, record.src, record.request)
+    request = request_of(record)
+    return DeadLetter(f"{operator}: {text}", src=request.src if request else None, request=request)

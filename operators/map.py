@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
-from ..records import DeadLetter
-from ..runtime.flow.ledger import request_of
+from ..records import DeadLetter, Request, TokenDelta
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, operator
-from .functions import find_function
+from .functions import explain_failure, find_function
 
 
 class MapConfig(OperatorConfig):
@@ -21,7 +21,8 @@ class MapConfig(OperatorConfig):
 class Map(Operator[MapConfig]):
     """Replaces each record by what a registered function returns for it; `None` keeps the record (changed in place).
 
-    A record for which the function raises becomes a dead letter; the others go on.
+    The function, which may be async, returns a record of the kind that it was given. A record for which it raises, or
+    returns something else, becomes a dead letter; the others go on. TokenDeltas pass untouched.
 
     Guarantee: one record out for each record in, in order, on `out` or `error`.
     """
@@ -36,18 +37,30 @@ class Map(Operator[MapConfig]):
         self._function = find_function(self.config.function)
 
     async def process(self, records: list[Any], out: Outlet) -> None:
-        mapped, letters = [], []
+        mapped: list[Any] = []
+        letters: list[DeadLetter] = []
         for record in records:
+            if isinstance(record, TokenDelta):
+                mapped.append(record)
+                continue
             try:
                 result = self._function(record)
                 if inspect.isawaitable(result):
                     result = await result
+                mapped.append(record if result is None else self._adopt(record, result))
             except Exception as error:
-                request = request_of(record)
-                text = f"{self.context.name}: {type(error).__name__}: {error}"
-                letters.append(DeadLetter(text, src=request.src if request else None, request=request))
-            else:
-                mapped.append(record if result is None else result)
+                letters.append(explain_failure(self.context.name, record, error))
         await out.send(mapped)
-        if letters:
-            await out.reject(letters)
+        await out.reject(letters)
+
+    def _adopt(self, record: Any, result: Any) -> Any:
+        """The result as a record of the same request, which is known by its Request object."""
+        if type(result) is not type(record):
+            name = self.config.function
+            raise TypeError(f"{name!r} returned a {type(result).__name__} for a {type(record).__name__}")
+        if isinstance(record, Request):
+            for field in fields(Request):
+                setattr(record, field.name, getattr(result, field.name))
+            return record
+        result.request = record.request
+        return result

@@ -137,7 +137,8 @@ class Ledger:
         """Lines that are no requests: accepted and failed at once."""
         self.accepted += count
         self._ended[Outcome.ERROR] += count
-        self._tell_failed()
+        if count:
+            self._tell_failed()
 
     def fork(self, request: Request, extra: int) -> None:
         """There are `extra` more records of this request: it ends when all have."""

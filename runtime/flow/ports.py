@@ -139,9 +139,8 @@ class PortOutlet:
         if not passed:
             return
         self._stats.rejected += len(passed)
-        lines = sum(letter.request is None for letter in passed)
-        if lines:
-            self._ledger.accept_failed(lines)
+        if self._is_source:
+            self._ledger.accept_failed(sum(letter.request is None for letter in passed))
         if self._config.on_error == "route" and (channels := self._channels.get("error")):
             await self._deliver(channels, passed)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from sageLLM.config import SageLLMConfig
+from sageLLM.graph.pipeline import Edge
 from sageLLM.records import (
     Choice,
     Completion,
+    DeadLetter,
     FinishReason,
     Request,
     RequestMetrics,
@@ -20,7 +23,9 @@ from sageLLM.records import (
     Sequence,
     SourcePosition,
 )
-from sageLLM.runtime.flow.operator import Operator, OperatorContext
+from sageLLM.runtime.flow.flow import Flow
+from sageLLM.runtime.flow.ledger import Ledger
+from sageLLM.runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, OperatorContext, Port
 from sageLLM.runtime.flow.resume import ResumeIndex
 from sageLLM.runtime.services import EngineServices
 
@@ -201,3 +206,50 @@ def null_engine():
 def on_loop(loop_name):
     """Run an async function with no arguments, on asyncio and on trio."""
     return lambda function: anyio.run(function, backend=loop_name)
+
+
+class _Given(Operator[Any]):
+    outputs = (Port("out"), ERROR_PORT)
+    records: list[Any]
+
+    async def run(self, inlet, out):
+        for record in self.records:
+            if isinstance(record, DeadLetter):
+                await out.reject([record])
+            else:
+                await out.send([record])
+
+
+class _Kept(Operator[Any]):
+    inputs = (Port("in"),)
+    records: list[Any]
+
+    async def process(self, records, out):
+        self.records += records
+
+
+@pytest.fixture
+def through(tmp_path, loop_name):
+    """`through(Filter, {...}, records, ports=["out"])` -> (what came out by port, the ledger's counts), in a flow."""
+
+    def run(cls: type[Operator[Any]], config: dict[str, Any], records: list[Any], ports=("out", "error")):
+        ledger, kept = Ledger(), {port: [] for port in ports}
+
+        def make(kind, name, config, records):
+            operator = kind(config, OperatorContext(name, None, ledger, tmp_path, lambda reason: None))
+            operator.records = records
+            return operator
+
+        factories = {"given": lambda: make(_Given, "given", OperatorConfig(), records)}
+        factories["tested"] = lambda: make(cls, "tested", cls.config_model(**config), [])
+        edges = [Edge("given", port, "tested", "in") for port in ("out", "error")]
+        for number, port in enumerate(ports):
+            name = f"{port}{number}"
+            kept_here = kept[port] if port not in ports[:number] else kept.setdefault(name, [])
+            factories[name] = partial(make, _Kept, name, OperatorConfig(), kept_here)
+            edges.append(Edge("tested", port, name, "in"))
+        anyio.run(Flow(factories, edges, ledger).run, backend=loop_name)
+        ledger.check()
+        return kept, {outcome: count for outcome, count in ledger.counters().items() if count}
+
+    return run

@@ -1,0 +1,85 @@
+"""Conditions on the fields of a record, as `filter` takes them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from ..config import Config
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_TESTS: dict[str, Callable[[Any, Any], Any]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda found, value: found in value,
+    "not in": lambda found, value: found not in value,
+    "contains": lambda found, value: value in found,
+    "matches": lambda found, value: re.search(value, found) is not None,
+}
+
+
+class Condition(Config):
+    """`{field: metrics.e2e_ms, op: "<", value: 500}`: a record's field, a comparison, and what to compare with.
+
+    `field` is a path of names and list positions, such as `request.tenant` or `choices.0.finish_reason`. `contains`
+    asks for a part of the field's text or list, `matches` for a regular expression in its text.
+    """
+
+    field: str
+    op: Literal["==", "!=", "<", "<=", ">", ">=", "in", "not in", "contains", "matches"] = "=="
+    value: Any
+
+    @field_validator("field")
+    @classmethod
+    def _is_a_path(cls, path: str) -> str:
+        for name in path.split("."):
+            if not (name.isdecimal() or name.isidentifier()) or name.startswith("_"):
+                raise ValueError(f"found {path!r}; write names with dots between, such as request.tenant")
+        return path
+
+    @model_validator(mode="after")
+    def _value_fits(self) -> Condition:
+        if self.op == "matches":
+            try:
+                re.compile(self.value)
+            except (TypeError, re.error) as error:
+                raise ValueError(f"value {self.value!r} is no regular expression: {error}") from error
+        elif self.op in ("in", "not in") and not isinstance(self.value, list):
+            raise ValueError(f"value {self.value!r} is no list; write `value: [a, b]`")
+        return self
+
+    def holds(self, record: Any) -> bool:
+        """Whether the record meets it.
+
+        Raises:
+            RequestError: the record has no such field, or it cannot be compared with the value.
+        """
+        found = self._find(record)
+        try:
+            return bool(_TESTS[self.op](found, self.value))
+        except TypeError as error:
+            raise RequestError(f"{self.field} is {found!r}, which is not to be compared with {self.value!r}") from error
+
+    def _find(self, record: Any) -> Any:
+        found = record
+        for name in self.field.split("."):
+            try:
+                if isinstance(found, dict):
+                    found = found[name]
+                elif isinstance(found, (list, tuple)):
+                    found = found[int(name)]
+                else:
+                    found = getattr(found, name)
+            except (AttributeError, LookupError, ValueError):
+                raise RequestError(f"a {type(record).__name__} has no field {self.field!r}") from None
+        return found
