@@ -111,6 +111,22 @@ async def test_copied_requests_count_once_and_the_worst_outcome_wins(lab):
     assert lab.counts() == {"accepted": 6, "done": 3, "error": 3}
 
 
+async def test_a_completion_ends_its_request_only_with_its_slowest_copy(lab):
+    async def slow(records, out):
+        before.append(lab.counts()["in_flight"])
+        await out.reject([DeadLetter("too late", request=record.request) for record in records])
+
+    before = []
+    flow = lab.flow(
+        {"source": lab.Source, "complete": lab.Complete, "slow": lab.Pass, "sink": lab.Sink},
+        ["source -> complete -> sink", "complete -> slow -> sink", "slow.error -> sink"],
+    )
+    flow.operators["slow"].process = slow
+    await flow.run()
+    assert before[0] > 0
+    assert lab.counts() == {"accepted": 10, "error": 10}
+
+
 async def test_sequences_own_kv_blocks_and_are_not_copied(lab):
     def edge(target):
         return Edge("pass", "out", target, "in", frozenset({RecordKind.SEQUENCE}))

@@ -155,7 +155,8 @@ async def test_closing_is_bounded_in_time(lab, monkeypatch):
         await flow.run()
 
 
-async def test_late_results_of_a_failed_operator_do_not_come_back_to_life(lab):
+@pytest.mark.parametrize("letters_wait", [False, True])
+async def test_late_results_of_a_failed_operator_do_not_come_back_to_life(lab, letters_wait):
     """As a device worker gives them back to the new instance, after their dead letters are on the way."""
     outside = []
 
@@ -165,10 +166,18 @@ async def test_late_results_of_a_failed_operator_do_not_come_back_to_life(lab):
                 outside.extend(Sequence(record, None, record.sampling) for record in records)
                 raise ValueError("door broke")
             await out.send(outside)
+            sent.set()
             await out.send(records)
 
+    class Dead(lab.Sink):
+        async def process(self, records, out):
+            if letters_wait:
+                await sent.wait()
+            await super().process(records, out)
+
+    sent = anyio.Event()
     flow = lab.flow(
-        {"source": (lab.Source, {"count": 8}), "door": (Door, {"buffer": 4}), "sink": lab.Sink, "dead": lab.Sink},
+        {"source": (lab.Source, {"count": 8}), "door": (Door, {"buffer": 4}), "sink": lab.Sink, "dead": Dead},
         ["source -> door -> sink", "door.error -> dead"],
     )
     await flow.run()
