@@ -90,6 +90,7 @@ class Run:
     operators: dict[str, dict[str, Any]] = field(default_factory=dict)  # settings of stages
     faults: dict[str, dict[str, float]] = field(default_factory=dict)  # after which stage, what, how often
     end: tuple[str, int] | None = None  # ("drain" or "abort", after how many turns of the event loop)
+    max_restarts: int = 1000  # of an operator that makes faults
     seed: int = 0
     stages: tuple[str, ...] = STAGES
     backend: str = "trio"
@@ -113,7 +114,8 @@ class Run:
             chain.append(stage)
             if stage in self.faults:
                 settings[f"after_{stage}"] = {
-                    "type": "fault", "restart": {"max_restarts": 100_000, "backoff_s": 0.001}
+                    "type": "fault",
+                    "restart": {"max_restarts": self.max_restarts, "window_s": 0.01, "backoff_s": 0.001},
                 }  # fmt: skip
                 chain.append(f"after_{stage}")
         settings["keep"] = {}
@@ -137,15 +139,20 @@ class Run:
         self.services = EngineServices(self.pipeline().engine)
         self.flow = assemble(self.pipeline(), self.services)
         try:
-            async with self.services.running(), anyio.create_task_group() as tasks:
-                if self.end is not None:
-                    tasks.start_soon(self._end_it, *self.end)
-                try:
-                    await self.flow.run()
-                finally:
-                    tasks.cancel_scope.cancel()
+            # of virtual time, in which a run that hangs for ever is over at once
+            with anyio.fail_after(300):
+                await self._run()
         except SageLLMError as error:
             self.error = error
+
+    async def _run(self):
+        async with self.services.running(), anyio.create_task_group() as tasks:
+            if self.end is not None:
+                tasks.start_soon(self._end_it, *self.end)
+            try:
+                await self.flow.run()
+            finally:
+                tasks.cancel_scope.cancel()
 
     async def _end_it(self, how, turns):
         for _ in range(turns):
