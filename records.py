@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +29,7 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-@dataclass(slots=True, frozen=True)
-class SourcePosition:
+class SourcePosition(NamedTuple):
     """Where a record came from: enough to find the line again and to know that it is the same file."""
 
     file: str
@@ -39,7 +38,7 @@ class SourcePosition:
     fingerprint: str  # of the file's content, see operators/sources/fingerprint.py
 
     def to_dict(self) -> dict[str, Any]:
-        return {"file": self.file, "line": self.line, "offset": self.offset, "fingerprint": self.fingerprint}
+        return self._asdict()
 
 
 @dataclass(slots=True, frozen=True)

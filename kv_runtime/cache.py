@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from .radix_tree import Namespace
 
 
-@dataclass(slots=True, frozen=True, eq=False)
-class PrefixMatch:
+class PrefixMatch(NamedTuple):
     """A cached prefix: `tokens` tokens in `blocks` [ceil(tokens / block_size)], the last of which may be partly theirs.
 
     A block that is only partly theirs must be copied before anything is appended to it.

@@ -128,22 +128,22 @@ class RadixTree:
             self._touch(path)
             return 0
         first = position // self._block_size
-        fresh_tokens, fresh_blocks = tokens[position:], blocks[first:].copy()
+        fresh_blocks = blocks[first:].copy()
         self._entered.append(fresh_blocks)
         if path and position < path[-1].end:
             path[-1] = self._split(path[-1], position)
         if path and not path[-1].children:
-            self._extend(path[-1], fresh_tokens, fresh_blocks, first)
+            self._extend(path[-1], tokens, fresh_blocks)
         else:
             if root is None:
                 root = self._roots[namespace] = Node(None, 0, NO_TOKENS, NO_BLOCKS)
                 root.namespace = namespace
             parent = path[-1] if path else root
-            child = Node(parent, position, fresh_tokens.copy(), fresh_blocks)
+            child = Node(parent, position, tokens[position:].copy(), fresh_blocks)
             parent.children[tokens.item(position)] = child
             path.append(child)
         self._touch(path)
-        return int(fresh_tokens.size)
+        return tokens.size - position
 
     def evict(self, num_free: int) -> int:
         """Trim the least recently used leaves from their tails until `num_free` blocks are free; return how many were.
@@ -242,14 +242,14 @@ class RadixTree:
         upper.children[node.tokens.item(0)] = node
         return upper
 
-    def _extend(self, leaf: Node, tokens: Int32Array, blocks: Int32Array, first: int) -> None:
-        """Append to a leaf, where `blocks[0]` is block index `first` = the leaf's end // block_size."""
-        kept = first - leaf.start // self._block_size
+    def _extend(self, leaf: Node, tokens: Int32Array, blocks: Int32Array) -> None:
+        """Let a leaf end where `tokens` do, where `blocks[0]` is the block that holds the leaf's end."""
+        kept = leaf.end // self._block_size - leaf.start // self._block_size
         if kept < leaf.blocks.size:
             self._dropped.append(leaf.blocks[kept:])
-        leaf.tokens = np.concatenate((leaf.tokens, tokens))
+        leaf.tokens = tokens[leaf.start :].copy()
         leaf.blocks = np.concatenate((leaf.blocks[:kept], blocks))
-        leaf.end += tokens.size
+        leaf.end = tokens.size
 
     def _trim(self, leaf: Node, count: int) -> None:
         """Drop a leaf's last `count` blocks and the tokens in them; all of them is the leaf itself."""

@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -31,6 +33,11 @@ class Histogram:
             self._pending.append(value)
         else:
             self._pending += [value] * times
+        if len(self._pending) >= _PENDING:
+            self._fold()
+
+    def observe_all(self, values: Iterable[float]) -> None:
+        self._pending += values
         if len(self._pending) >= _PENDING:
             self._fold()
 

@@ -119,13 +119,16 @@ edges:
 
     async def process(self, records: list[Any], out: Outlet) -> None:
         now = time.monotonic()
+        completions: list[Completion] = []
         for record in records:
             if isinstance(record, Completion):
-                self._count_completion(record, now)
+                completions.append(record)
             elif isinstance(record, TokenDelta):
                 self._count_delta(record, now)
             elif isinstance(record, DeadLetter):
                 self._failed += 1
+        if completions:
+            self._count_completions(completions, now)
         if self.path is not None and now >= self._next_write:
             self._write_file()
             self._next_write = now + self.config.interval_s
@@ -173,29 +176,36 @@ edges:
             lines += [f"# HELP {full} {help_text}", f"# TYPE {full} histogram", *self._histograms[name].expose(full)]
         return "\n".join(lines) + "\n"
 
-    def _count_completion(self, completion: Completion, now: float) -> None:
-        metrics, histograms, counters = completion.metrics, self._histograms, self._counters
-        prompt_length, output_length = completion.prompt_length, completion.output_length
-        arrival = completion.request.arrival
-        self._first_arrival = arrival if self._first_arrival is None else min(self._first_arrival, arrival)
+    def _count_completions(self, completions: list[Completion], now: float) -> None:
+        earliest = min(completion.request.arrival for completion in completions)
+        self._first_arrival = earliest if self._first_arrival is None else min(self._first_arrival, earliest)
         self._last_result = now
-        reason = str(completion.choices[0].finish_reason)
-        self._finish_reasons[reason] = self._finish_reasons.get(reason, 0) + 1
-        counters["prompt_tokens_total"] += prompt_length
-        counters["generation_tokens_total"] += output_length
-        counters["prefix_cache_queries_total"] += prompt_length
-        counters["prefix_cache_hits_total"] += metrics.prefix_hit_tokens
-        histograms["request_prompt_tokens"].observe(prompt_length)
-        histograms["request_generation_tokens"].observe(output_length)
-        histograms["request_queue_time_seconds"].observe(metrics.queue_ms / 1000)
-        histograms["e2e_request_latency_seconds"].observe(metrics.e2e_ms / 1000)
-        if output_length:
-            histograms["time_to_first_token_seconds"].observe(metrics.ttft_ms / 1000)
-        if any(len(choice.output_tokens) > 1 for choice in completion.choices):
-            histograms["request_time_per_output_token_seconds"].observe(metrics.tpot_ms / 1000)
-        if completion.request.stream:
-            for choice in completion.choices:
-                self._last_delta.pop((completion.request_id, choice.index), None)
+        for completion in completions:
+            reason = str(completion.choices[0].finish_reason)
+            self._finish_reasons[reason] = self._finish_reasons.get(reason, 0) + 1
+            if completion.request.stream:
+                for choice in completion.choices:
+                    self._last_delta.pop((completion.request_id, choice.index), None)
+        prompts = [completion.prompt_length for completion in completions]
+        outputs = [completion.output_length for completion in completions]
+        metrics = [completion.metrics for completion in completions]
+        counters, histograms = self._counters, self._histograms
+        counters["prompt_tokens_total"] += sum(prompts)
+        counters["generation_tokens_total"] += sum(outputs)
+        counters["prefix_cache_queries_total"] += sum(prompts)
+        counters["prefix_cache_hits_total"] += sum(each.prefix_hit_tokens for each in metrics)
+        histograms["request_prompt_tokens"].observe_all(prompts)
+        histograms["request_generation_tokens"].observe_all(outputs)
+        histograms["request_queue_time_seconds"].observe_all([each.queue_ms / 1000 for each in metrics])
+        histograms["e2e_request_latency_seconds"].observe_all([each.e2e_ms / 1000 for each in metrics])
+        histograms["time_to_first_token_seconds"].observe_all(
+            [each.ttft_ms / 1000 for each, length in zip(metrics, outputs, strict=True) if length]
+        )
+        histograms["request_time_per_output_token_seconds"].observe_all([
+            completion.metrics.tpot_ms / 1000
+            for completion in completions
+            if any(len(choice.output_tokens) > 1 for choice in completion.choices)
+        ])  # fmt: skip
 
     def _count_delta(self, delta: TokenDelta, now: float) -> None:
         if not delta.tokens:

@@ -120,7 +120,8 @@ class Tokenize(Operator[OperatorConfig]):
         if array.ndim != 1 or array.dtype.kind not in "iu":
             raise RequestError("prompt_tokens is not a flat list of integers: send token ids, as [1, 2, 3]")
         vocab_size = self._model.vocab_size
-        if int(array.astype(np.int64).view(np.uint64).max()) >= vocab_size:  # a negative id is a huge unsigned one
+        unsigned = array.astype(np.int64, copy=False).view(np.uint64)  # in which a negative id is a huge one
+        if unsigned.max() >= vocab_size:
             wrong = next(token for token in array.tolist() if not 0 <= token < vocab_size)
             raise RequestError(f"token id {wrong} is not in the vocabulary: send ids from 0 to {vocab_size - 1}")
         return array.astype(np.int32)

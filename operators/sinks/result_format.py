@@ -60,7 +60,7 @@ def _choice_fields(choice: Choice) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "text": choice.text,
         "output_tokens": choice.output_tokens,
-        "finish_reason": choice.finish_reason,
+        "finish_reason": None if choice.finish_reason is None else choice.finish_reason.value,
     }
     if choice.logprobs is not None:
         fields["logprobs"] = _dump_logprobs(choice.logprobs)

@@ -134,7 +134,7 @@ class LeaseBook:
                 if len(self._free) < count:
                     break
                 slots.append([self._free.pop() for _ in range(count)])
-        acquired = self.kv.acquire([self._want(sequence) for sequence in sequences[: len(slots)]])
+        acquired = self.kv.acquire(self._wants(sequences[: len(slots)]))
         leases = [self._make_lease(*granted) for granted in zip(sequences, slots, acquired, strict=False)]
         for unused in slots[len(leases) :]:
             self.give_back_slots(unused)
@@ -143,19 +143,22 @@ class LeaseBook:
                 self._retract(sequence, sequence.kv)
         return leases
 
-    def _want(self, sequence: Sequence) -> Want:
+    def _wants(self, sequences: list[Sequence]) -> list[Want]:
         from ...kv_runtime.cache import Want
 
-        prompt = sequence.prompt_tokens
-        limit = len(prompt) - 1 if _may_reuse(sequence) else 0
-        forks = sequence.sampling.n - 1 if len(prompt) % self.block_size else 0
-        return Want(prompt, namespace_of(sequence), limit, forks)
+        wants = []
+        for sequence in sequences:
+            length = len(sequence.prompt_tokens)
+            limit = length - 1 if _may_reuse(sequence) else 0
+            forks = sequence.sampling.n - 1 if length % self.block_size else 0
+            wants.append(Want(sequence.prompt_tokens, namespace_of(sequence), limit, forks))
+        return wants
 
     def _make_lease(self, sequence: Sequence, slots: list[int], acquired: Acquired) -> Lease:
         import numpy as np
 
         size, length = self.block_size, len(sequence.prompt_tokens)
-        (hit, shared), fresh = (acquired.match.tokens, acquired.match.blocks), acquired.fresh
+        (hit, shared), fresh = acquired
         full = hit // size
         own = -(-length // size) - full
         copy = BlockCopy(int(shared[full]), int(fresh[0])) if hit % size else None

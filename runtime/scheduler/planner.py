@@ -73,7 +73,7 @@ class Planner:
     def _decode_slots(self, unread_steps: int) -> NDArray[np.int64]:
         table = self._table
         while True:
-            slots = np.flatnonzero((table.state == RowState.DECODE) & (table.launched < table.max_outputs))
+            slots = np.flatnonzero(table.is_in(RowState.DECODE) & (table.launched < table.max_outputs))
             if len(slots) > self._max_decode_batch:
                 # The rows with the fewest outputs first: nobody falls behind for long.
                 slots = slots[np.argsort(table.launched[slots], kind="stable")[: self._max_decode_batch]]
@@ -137,7 +137,7 @@ class Planner:
     def _resume_preempted(self) -> None:
         """Oldest first, give preempted rows blocks for all their tokens and one more; stop at the first that waits."""
         table = self._table
-        if not (table.state == RowState.PREEMPTED).any():
+        if not table.has(RowState.PREEMPTED):
             return
         for slot in table.slots_in(RowState.PREEMPTED).tolist():
             row = table.rows[slot]
@@ -161,14 +161,14 @@ class Planner:
 
     @property
     def has_preempted(self) -> bool:
-        return bool((self._table.state == RowState.PREEMPTED).any())
+        return self._table.has(RowState.PREEMPTED)
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 
     def _chunks(self, budget: int) -> list[PromptChunk]:
         table = self._table
         chunks: list[PromptChunk] = []
-        if budget <= 0 or not (table.state == RowState.PREFILL).any():
+        if budget <= 0 or not table.has(RowState.PREFILL):
             return chunks
         slots = table.slots_in(RowState.PREFILL)[: self._max_prefill_batch]
         columns = (slots.tolist(), table.computed[slots].tolist(), table.target[slots].tolist())

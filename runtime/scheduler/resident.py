@@ -133,7 +133,17 @@ class ResidentTable:
             return prompt[:count]
         return np.concatenate([prompt, self.outputs[slot, : count - len(prompt)]])
 
+    def is_in(self, state: RowState, slots: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.bool_]:
+        """Which of the slots, in order, are in a state."""
+        found: NDArray[np.bool_] = self.state[slots] == int(state)  # numpy takes an enum's member the long way round
+        return found
+
+    def has(self, state: RowState) -> bool:
+        """Whether any row is in a state."""
+        return int(state).to_bytes() in self.state.tobytes()
+
     def slots_in(self, *states: RowState) -> NDArray[np.int64]:
         """Slots in any of the states, oldest first."""
-        found = np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0])
+        wanted = [int(state) for state in states]
+        found = np.flatnonzero(np.isin(self.state, wanted) if len(wanted) > 1 else self.state == wanted[0])
         return found[np.argsort(self.order[found], kind="stable")]

@@ -74,7 +74,7 @@ class Collector:
                 self._look_at(int(slots[at]), at if rows is None else int(rows[at]), result, decoded)
         if len(first):
             self._give_back_prefilled(first, now, prefilled)
-        ended = self.find_ended(slots[table.state[slots] == RowState.DECODE])
+        ended = self.find_ended(slots[table.is_in(RowState.DECODE, slots)])
         if ended:
             self._end_rows(ended)
 

@@ -356,7 +356,7 @@ class Worker:
         self._executor.readmit(slot, table.outputs[slot, : table.outputs_read[slot]])
 
     def _leases_in_transit(self) -> bool:
-        return self._leases.any_in_transit or bool((self._table.state == RowState.HELD).any())
+        return self._leases.any_in_transit or self._table.has(RowState.HELD)
 
     @property
     def num_running(self) -> int:
