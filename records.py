@@ -38,7 +38,7 @@ class SourcePosition(NamedTuple):
     fingerprint: str  # of the file's content, see operators/sources/fingerprint.py
 
     def to_dict(self) -> dict[str, Any]:
-        return self._asdict()
+        return {"file": self.file, "line": self.line, "offset": self.offset, "fingerprint": self.fingerprint}
 
 
 @dataclass(slots=True, frozen=True)

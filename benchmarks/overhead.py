@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import cProfile
-import io
 import json
-import pstats
 import random
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+
+from .stage_profiler import StageProfiler
 
 if TYPE_CHECKING:
     from ..graph import Pipeline
@@ -24,7 +24,7 @@ OUTPUT_TOKENS = 32
 
 @dataclass(frozen=True, slots=True)
 class OverheadReport:
-    """`seconds` is from the start of the flow to its end; starting Python and building the pipeline are not in it."""
+    """`seconds` is from the start of the flow to its end; starting Python and building the services are not in it."""
 
     requests: int
     seconds: float
@@ -44,17 +44,12 @@ def measure_overhead(requests: int, batch: int, profile: bool = False) -> Overhe
     with tempfile.TemporaryDirectory() as folder:
         _write_requests(Path(folder) / "in.jsonl", requests)
         pipeline = _build(Path(folder), batch)
-        profiler = cProfile.Profile() if profile else None
+        profiler = StageProfiler() if profile else None
         seconds = anyio.run(_run, pipeline, profiler)
-        done = sum(1 for _ in (Path(folder) / "out.jsonl").open("rb"))
+        done = (Path(folder) / "out.jsonl").read_bytes().count(b"\n")
     if done != requests:
         raise RuntimeError(f"{done} of {requests} requests came out")
-    text = None
-    if profiler is not None:
-        stream = io.StringIO()
-        pstats.Stats(profiler, stream=stream).sort_stats("tottime").print_stats(30)
-        text = stream.getvalue()
-    return OverheadReport(requests, seconds, text)
+    return OverheadReport(requests, seconds, None if profiler is None else profiler.report(requests))
 
 
 def _write_requests(path: Path, count: int) -> None:
@@ -89,18 +84,17 @@ def _build(folder: Path, batch: int) -> Pipeline:
     return build_pipeline(data, base_dir=folder)
 
 
-async def _run(pipeline: Pipeline, profiler: cProfile.Profile | None) -> float:
+async def _run(pipeline: Pipeline, profiler: StageProfiler | None) -> float:
     from ..runtime.assembly import assemble
+    from ..runtime.garbage import collect_rarely
     from ..runtime.services import EngineServices
 
     services = EngineServices(pipeline.engine)
     flow = assemble(pipeline, services)
+    services.load()
+    collect_rarely()
     async with services.running():
-        if profiler is not None:
-            profiler.enable()
-        start = time.perf_counter()
-        await flow.run()
-        seconds = time.perf_counter() - start
-        if profiler is not None:
-            profiler.disable()
-    return seconds
+        with profiler or nullcontext():
+            start = time.perf_counter()
+            await flow.run()
+            return time.perf_counter() - start

@@ -13,7 +13,7 @@ def command() -> None:
 @command.command("overhead")
 @click.option("--requests", default=20_000, show_default=True, type=click.IntRange(1), help="How many requests.")
 @click.option("--batch", default=512, show_default=True, type=click.IntRange(1), help="Sequences that run at once.")
-@click.option("--profile", is_flag=True, help="Also print where the time went (the profiler itself slows the run).")
+@click.option("--profile", is_flag=True, help="Also print where the CPU time went, by stage.")
 def overhead(requests: int, batch: int, profile: bool) -> None:
     """The engine's own cost: the whole pipeline, file to file, on a null model (64 tokens in, 32 out)."""
     from ..benchmarks.measurement import format_table

@@ -39,6 +39,7 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     from ..runtime.assembly import assemble
     from ..runtime.flow.groups import lone_error_unwrapped
     from ..runtime.flow.signals import drain_on_signals
+    from ..runtime.garbage import collect_rarely
     from ..runtime.services import EngineServices
 
     services = EngineServices(pipeline.engine)
@@ -47,6 +48,7 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     if needed:
         with reporter.loading(pipeline):
             await anyio.to_thread.run_sync(services.load)
+    collect_rarely()
     with lone_error_unwrapped():
         async with services.running(needed), anyio.create_task_group() as tasks:
             tasks.start_soon(drain_on_signals, flow)
