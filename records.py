@@ -99,6 +99,7 @@ class Request:
     interactive: bool = False  # somebody waits for it: it may be cancelled, and the scheduler's timeouts apply
     cancelled: bool = False  # set from any thread; the stages notice
     arrival: float = field(default_factory=time.monotonic)
+    raw: str = ""  # the line it was read from, or its beginning: shown in its dead letter
 
 
 @dataclass(slots=True)

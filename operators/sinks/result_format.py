@@ -45,12 +45,11 @@ def completion_fields(completion: Completion) -> dict[str, Any]:
 
 
 def dead_letter_fields(letter: DeadLetter) -> dict[str, Any]:
-    src = letter.src
-    if src is None and letter.request is not None:
-        src = letter.request.src
-    fields: dict[str, Any] = {"src": None, "line": None, "error": letter.error, "raw": letter.raw}
+    src, raw = letter.src, letter.raw
+    fields: dict[str, Any] = {"src": None, "line": None, "error": letter.error, "raw": raw}
     if letter.request is not None:
-        fields["request_id"] = letter.request.request_id
+        src = src or letter.request.src
+        fields |= {"raw": raw or letter.request.raw, "request_id": letter.request.request_id}
     if src is not None:
         fields |= {"src": src.to_dict(), "line": src.line}
     return fields

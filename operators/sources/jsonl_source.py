@@ -124,10 +124,10 @@ edges:
             batch = pending[start : start + size]
             requests, letters = read_requests(batch, self.config.path, self._fingerprint, self.config.max_line_bytes)
             sent[self.context.name] = SentLines(self._fingerprint, batch[-1].number)
+            if requests:  # first: the share of failed records is watched, and a batch is judged as a whole
+                await out.send(requests)
             if letters:
                 await out.reject(letters)
-            if requests:
-                await out.send(requests)
 
     def _find_finished(self) -> list[LineSet]:
         """The finished lines of this file, under every name that it had in earlier runs."""

@@ -32,7 +32,10 @@ def read_requests(
         if not data.strip():
             continue
         try:
-            requests.append(parse_request(data, f"line-{line.number}", src))
+            request = parse_request(data, f"line-{line.number}", src)
         except RequestError as failure:
             letters.append(DeadLetter(str(failure), line.raw(), src))
+        else:
+            request.raw = line.raw()
+            requests.append(request)
     return requests, letters

@@ -67,7 +67,7 @@ edges:
         for start in range(0, len(lines), self.config.batch_size):
             batch = lines[start : start + self.config.batch_size]
             requests, letters = read_requests(batch, "<stdin>", "", self.config.max_line_bytes)
+            if requests:  # first: the share of failed records is watched, and a batch is judged as a whole
+                await out.send(requests)
             if letters:
                 await out.reject(letters)
-            if requests:
-                await out.send(requests)
