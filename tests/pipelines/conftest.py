@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -262,3 +266,65 @@ def small_engine():
         "kv_cache": {"max_tokens": 256, "block_size": 4},
         "scheduler": {"max_batch_size": 4, "max_step_tokens": 16, "max_prefill_batch": 2},
     }
+
+
+NULL_YAML = """\
+name: answers
+vars: {input: in.jsonl, output: out.jsonl}
+engine:
+  model: {model_id: builtin:null}
+operators:
+  read: {type: jsonl_source, path: "${input}"}
+  tokenize: {}
+  kv_lookup: {}
+  schedule: {}
+  prefill: {}
+  kv_commit: {}
+  decode: {}
+  detokenize: {}
+  metrics: {path: metrics.prom}
+  write: {type: jsonl_sink, path: "${output}"}
+  dead: {type: jsonl_sink, path: dead.jsonl}
+edges:
+  - read -> tokenize -> kv_lookup -> schedule -> prefill -> kv_commit -> decode -> detokenize -> metrics -> write
+  - "*.error -> dead"
+"""
+
+
+class Files:
+    """A folder with answers.yaml: in.jsonl through the whole null pipeline to out.jsonl and dead.jsonl."""
+
+    command = (sys.executable, "-c", "from sageLLM.cli.main import main; main()", "run", "answers.yaml", "--quiet")
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "answers.yaml").write_text(NULL_YAML)
+
+    def write(self, lines):
+        (self.folder / "in.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def read(self, name="out.jsonl"):
+        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+
+    def lines_in(self, name="out.jsonl"):
+        return sorted(record["src"]["line"] for record in self.read(name))
+
+    def computed(self):
+        """How many requests the last run computed, as its metrics say."""
+        text = (self.folder / "metrics.prom").read_text()
+        found = re.findall(r"^sagellm:request_success_total\{.*\} (\d+)$", text, re.MULTILINE)
+        return sum(map(int, found))
+
+    def start(self, *arguments):
+        return subprocess.Popen([*self.command, *arguments], cwd=self.folder, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *arguments):
+        """The exit code and stderr of `sagellm run`."""
+        with self.start(*arguments) as process:
+            _, stderr = process.communicate()
+        return process.returncode, stderr
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path)
