@@ -29,6 +29,11 @@ class PrefixMatch(NamedTuple):
     tokens: int
     blocks: Int32Array
 
+    def whole_blocks(self, block_size: int) -> PrefixMatch:
+        """Return the part of it that ends with a block."""
+        full = self.tokens // block_size
+        return PrefixMatch(full * block_size, self.blocks[:full])
+
 
 NO_MATCH = PrefixMatch(0, NO_BLOCKS)
 
@@ -190,6 +195,10 @@ class KVCache:
                 for want, match in zip(wants, matches, strict=True)
             ]
             fitting = pool.count_fitting([match.blocks for match in matches], counts)
+            if not fitting and matches[0].tokens % size:
+                # A partly covered block takes two while it is copied: a prompt that fills the pool goes without.
+                matches[0] = matches[0].whole_blocks(size)
+                fitting = pool.count_fitting([matches[0].blocks], counts[:1])
             pool.retain(np.concatenate([NO_BLOCKS, *(match.blocks for match in matches[:fitting])]))
             fresh = self._take(sum(counts[:fitting]))
             for want, match in zip(wants[:fitting], matches, strict=False):

@@ -6,6 +6,7 @@ back by the worker's.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -68,6 +71,7 @@ class LeaseBook:
     _lock: Lock = field(default_factory=Lock)
     _computing: dict[PrefixKey, list[Sequence]] = field(default_factory=dict)
     _in_transit: dict[int, tuple[Sequence, Lease]] = field(default_factory=dict)  # by id of the request
+    _changing: int = 0  # calls under way that hold blocks which `_in_transit` does not show
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_slots - 1, -1, -1))
@@ -134,8 +138,9 @@ class LeaseBook:
                 if len(self._free) < count:
                     break
                 slots.append([self._free.pop() for _ in range(count)])
-        acquired = self.kv.acquire(self._wants(sequences[: len(slots)]))
-        leases = [self._make_lease(*granted) for granted in zip(sequences, slots, acquired, strict=False)]
+        with self._change():
+            acquired = self.kv.acquire(self._wants(sequences[: len(slots)]))
+            leases = [self._make_lease(*granted) for granted in zip(sequences, slots, acquired, strict=False)]
         for unused in slots[len(leases) :]:
             self.give_back_slots(unused)
         for sequence in sequences[len(leases) :]:
@@ -192,14 +197,27 @@ class LeaseBook:
 
     @property
     def any_in_transit(self) -> bool:
-        """Whether a lease was granted to a sequence that has not reached the worker."""
-        return bool(self._in_transit)
+        """Whether blocks belong to a lease whose sequence has not reached the worker, or never will."""
+        return bool(self._in_transit or self._changing)
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._lock:
+            self._changing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._changing -= 1
 
     def reclaim(self, request: Request) -> bool:
         """Take back the lease of a request that ended on its way to the worker; False if there is none."""
-        held = self._in_transit.pop(id(request), None)
-        if held is not None:
-            self.give_back_unused(*held)
+        if id(request) not in self._in_transit:
+            return False
+        with self._change():
+            held = self._in_transit.pop(id(request), None)
+            if held is not None:
+                self.give_back_unused(*held)
         return held is not None
 
     def give_back_slots(self, slots: list[int]) -> None:

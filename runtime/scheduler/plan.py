@@ -17,6 +17,7 @@ class PromptChunk:
     """Tokens [start, start + length) of one row, computed in this step."""
 
     slot: int
+    epoch: int  # of the slot, when this was planned
     start: int
     tokens: NDArray[np.int32]  # [length]
     is_last: bool  # what is known of the row is computed with it

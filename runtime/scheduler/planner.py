@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import KVCacheError
+from ...kv_runtime.pool import NO_BLOCKS
 from .lease import BlockCopy, namespace_of
 from .plan import PromptChunk, StepPlan
 from .resident import ResidentTable, RowState
@@ -105,9 +106,13 @@ class Planner:
 
     def _preempt(self, slot: int) -> None:
         table = self._table
+        row = table.rows[slot]
+        assert row is not None
         blocks = table.row_blocks(slot)
         self._drop_copies_into(blocks)
         self._kv.release(blocks)
+        self._kv.release(row.owner.lease.fork_blocks)
+        row.owner.lease.fork_blocks = NO_BLOCKS
         table.num_blocks[slot] = 0
         table.computed[slot] = 0
         table.launched[slot] = table.outputs_read[slot]
@@ -148,11 +153,21 @@ class Planner:
             # With prompt logprobs every prompt position must be computed again while they are still incomplete.
             reuse = sequence.sampling.prompt_logprobs is None or table.outputs_read[slot] > 0
             match = self._kv.match(tokens, namespace_of(sequence), limit=target - 1 if reuse else 0, record=False)
-            full = match.tokens // table.block_size
-            fresh = self._kv.allocate(-(-(target + 1) // table.block_size) - full)
+            forks = len(row.owner.slots) - 1 if not row.owner.decoding and target % table.block_size else 0
+            needed = -(-(target + 1) // table.block_size) + forks
+            fresh = self._kv.allocate(needed - match.tokens // table.block_size)
+            if fresh is None and match.tokens % table.block_size:
+                # A partly covered block takes two while it is copied: a row that fills the pool goes without.
+                whole = match.whole_blocks(table.block_size)
+                self._kv.release(match.blocks[len(whole.blocks) :])
+                match = whole
+                fresh = self._kv.allocate(needed - len(match.blocks))
             if fresh is None:
                 self._kv.release(match.blocks)
                 return
+            full, own = match.tokens // table.block_size, len(fresh) - forks
+            row.owner.lease.fork_blocks = fresh[own:]
+            fresh = fresh[:own]
             if match.tokens % table.block_size:
                 self._copies.append(BlockCopy(int(match.blocks[full]), int(fresh[0])))
             table.set_blocks(slot, np.concatenate([match.blocks[:full], fresh]))
@@ -171,11 +186,11 @@ class Planner:
         if budget <= 0 or not table.has(RowState.PREFILL):
             return chunks
         slots = table.slots_in(RowState.PREFILL)[: self._max_prefill_batch]
-        columns = (slots.tolist(), table.computed[slots].tolist(), table.target[slots].tolist())
-        for slot, start, target in zip(*columns, strict=True):
+        columns = (slots, table.epoch[slots], table.computed[slots], table.target[slots])
+        for slot, epoch, start, target in zip(*(column.tolist() for column in columns), strict=True):
             end = min(target, start + budget)
             tokens = table.tokens(slot, target)
-            chunk = PromptChunk(slot, start, tokens[start:end], end == target)
+            chunk = PromptChunk(slot, epoch, start, tokens[start:end], end == target)
             self._ask_prompt_logprobs(chunk, tokens)
             chunks.append(chunk)
             budget -= end - start
@@ -265,10 +280,10 @@ class Planner:
                 source = blocks[full : full + 1]
                 self._kv.retain(source)
                 self._copies.append(BlockCopy(int(source[0]), int(own[0])))
-        row.owner.lease.fork_blocks = np.empty(0, np.int32)
+        row.owner.lease.fork_blocks = NO_BLOCKS
 
     @staticmethod
     def _fork_targets(fork_blocks: NDArray[np.int32], count: int) -> list[NDArray[np.int32]]:
         if len(fork_blocks):
             return [fork_blocks[i : i + 1] for i in range(count)]
-        return [np.empty(0, np.int32)] * count
+        return [NO_BLOCKS] * count

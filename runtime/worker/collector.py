@@ -114,8 +114,8 @@ class Collector:
     def _store_prompt_logprobs(self, plan: StepPlan, index: int, logprobs: list[TokenLogprobs]) -> None:
         chunk = plan.chunks[index]
         row = self._table.rows[chunk.slot]
-        if row is None:
-            return
+        if row is None or self._table.epoch[chunk.slot] != chunk.epoch:
+            return  # the row has ended, and another one may have its slot
         sequence = row.owner.sequence
         if sequence.prompt_logprobs is None:
             sequence.prompt_logprobs = [None]

@@ -6,8 +6,10 @@ flow's thread) and get lists back, one per step, through `on_prefilled` and `on_
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
+from functools import partial
 from threading import Condition
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from ..scheduler.plan import StepPlan
     from .collector import Ending, MakeStopMatcher
     from .executor import Executor, StepHandle
+
+log = logging.getLogger("sageLLM")
 
 
 class Worker:
@@ -109,9 +113,9 @@ class Worker:
             self._put(self._reclaim, resident)
 
     def _put(self, handler: Callable[[Any], None], argument: Any) -> None:
-        if self.failure is not None:
-            raise EngineClosedError(f"the worker has failed: {self.failure!r}")
-        with self._wakeup:
+        with self._wakeup:  # what gets into the inbox before `abandon` is answered by it
+            if self.failure is not None:
+                raise EngineClosedError(f"the worker has failed: {self.failure!r}")
             self._inbox.append((handler, argument))
             self._wakeup.notify()
         self.on_submitted()
@@ -139,8 +143,9 @@ class Worker:
     def step(self) -> bool:
         """Take what was submitted, plan, launch, read what is old enough, give results back; False when idle."""
         while self._inbox:
-            handler, argument = self._inbox.popleft()
+            handler, argument = self._inbox[0]
             handler(argument)
+            self._inbox.popleft()  # only now: what a failure leaves is answered by `abandon`
         self._end_overdue()
         launched = self._launch_next()
         if self._unread and (not launched or len(self._unread) >= self._depth):
@@ -178,8 +183,10 @@ class Worker:
         self._collector.collect(plan, result, self._prefilled, self._decoded)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
-        slots = {*plan.sample_slots.tolist(), *(chunk.slot for chunk in plan.chunks)}
-        owners = {id(row.owner): row.owner for slot in slots if (row := self._table.rows[slot]) is not None}
+        planned = {chunk.slot: chunk.epoch for chunk in plan.chunks}
+        planned.update(zip(plan.sample_slots.tolist(), plan.sample_epochs.tolist(), strict=True))
+        rows = [self._table.rows[slot] for slot, epoch in planned.items() if self._table.epoch[slot] == epoch]
+        owners = {id(row.owner): row.owner for row in rows if row is not None}
         for owner in owners.values():
             owner.sequence.error = f"{type(error).__name__}: {error}"
             self._end_sequence(owner, FinishReason.ERROR)
@@ -196,18 +203,34 @@ class Worker:
             self.on_leases_returned()
 
     def abandon(self, error: BaseException) -> None:
-        """The loop itself failed: end everything resident with an error and refuse what comes."""
-        self.failure = error
-        while self._inbox:
-            handler, argument = self._inbox.popleft()
+        """The loop itself failed: end everything resident with an error and refuse what comes.
+
+        Every sequence comes back, also where the worker's own books are wrong.
+        """
+        with self._wakeup:
+            self.failure = error
+            left, self._inbox = self._inbox, deque()
+        for handler, argument in left:
             if handler == self._admit:
-                self._admit(argument)
+                new = [sequence for sequence in argument if id(sequence.request) not in self._resident]
+                self._give_up(partial(self._admit, new), new, self._prefilled)
             elif handler == self._start_decode:
-                self._start_decode(argument)
+                self._give_up(partial(self._start_decode, argument), argument, self._decoded)
         for owner in list(self._resident.values()):
             owner.sequence.error = f"the worker failed: {error!r}"
-            self._end_sequence(owner, FinishReason.ERROR)
+            back = self._decoded if owner.decoding else self._prefilled
+            self._give_up(partial(self._end_sequence, owner, FinishReason.ERROR), [owner.sequence], back)
         self._post()
+
+    def _give_up(self, end: Callable[[], None], sequences: list[Sequence], back: list[Any]) -> None:
+        try:
+            end()
+        except Exception:
+            log.exception("the books of the failed worker are wrong")
+            for sequence in sequences:
+                end_unstarted(sequence, FinishReason.ERROR)
+                sequence.error = f"the worker failed: {self.failure!r}"
+            back += sequences
 
     # -- rows enter --------------------------------------------------------------------------------------------------
 
@@ -258,7 +281,9 @@ class Worker:
                     end_unstarted(sequence, FinishReason.CANCELLED)
                 self._decoded.append(sequence)
                 continue
-            self._leases.prefix_computed(sequence, owner.lease)
+            if owner.lease.prefix_key is not None:  # nobody has committed it: let go those who wait for it
+                self._leases.prefix_computed(sequence, owner.lease)
+                self._returned = True
             owner.decoding = True
             if sequence.request.cancelled:
                 self._end_sequence(owner, FinishReason.CANCELLED)

@@ -93,3 +93,17 @@ def test_waiting_sequences_keep_their_order_behind_a_prefix(bench):
     assert b.waiting.take_granted() == [first, other]  # second waits for the prefix that first computes
     b.leases.prefix_computed(first, first.kv)
     assert b.waiting.take_granted() == [second]
+
+
+def test_blocks_on_their_way_into_a_lease_or_out_of_it_count_as_in_transit(bench, monkeypatch):
+    b = bench(block_size=4)
+    seen = []
+    acquire, release = b.kv.acquire, b.kv.release
+    monkeypatch.setattr(b.kv, "acquire", lambda wants: (acquire(wants), seen.append(b.leases.any_in_transit))[0])
+    monkeypatch.setattr(b.kv, "release", lambda blocks: (seen.append(b.leases.any_in_transit), release(blocks))[1])
+    sequence = b.sequence(range(10))
+    b.grant(sequence)
+    assert b.leases.reclaim(sequence.request)
+    assert seen
+    assert all(seen)  # else the worker, seeing too few blocks and nobody who has them, would give up
+    b.check_nothing_leaks()

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sageLLM.errors import RequestError
-from sageLLM.records import FinishReason
+from sageLLM.records import FinishReason, TokenLogprobs
 from sageLLM.runtime.worker.executor import NullExecutor
 
 
@@ -162,6 +162,47 @@ def test_a_failing_step_fails_its_sequences_and_no_others(bench):
     assert bad.error == "MemoryError: no room"
     assert bad.choices[0].finish_reason is FinishReason.ERROR
     assert good.error is None
+    b.check_nothing_leaks()
+
+
+class FailedHandle:
+    def __init__(self, error):
+        self.error = error
+
+    def result(self):
+        raise self.error
+
+
+class LateExecutor(NullExecutor):
+    """Tells prompt logprobs, or an error, of prompts with token 13 in them only when the step is read."""
+
+    def __init__(self, num_slots, error=None):
+        super().__init__(num_slots)
+        self.error = error
+
+    def launch(self, plan):
+        handle = super().launch(plan)
+        if any(13 in chunk.tokens for chunk in plan.chunks):
+            if self.error is not None:
+                return FailedHandle(self.error)
+            handle.result().prompt_logprobs[0] = [TokenLogprobs(13, -1.0, [])]
+        return handle
+
+
+@pytest.mark.parametrize("error", [None, MemoryError("no room")])
+def test_what_a_step_tells_late_is_not_taken_for_the_slots_next_row(bench, error):
+    b = bench(executor=LateExecutor(1, error), max_batch_size=1, max_step_tokens=3)
+    first, second = b.sequence([13] * 5), b.sequence([1] * 5)
+    b.offer(first, second)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    b.worker.step()
+    b.worker.cancel([first.request])
+    # The slot has a new row before the step above is read: granted on another thread while the inbox is emptied.
+    b.worker._inbox.append((lambda _: b.worker.submit_prefill(b.waiting.take_granted()), None))
+    b.run()
+    assert first.choices[0].finish_reason is FinishReason.CANCELLED
+    assert (second.error, second.prompt_logprobs) == (None, None)
+    assert second.choices[0].finish_reason is FinishReason.LENGTH
     b.check_nothing_leaks()
 
 
