@@ -82,8 +82,9 @@ def _note_unwired(name: str, port: Port, draft: Draft, problems: Problems) -> No
         text = f"what {name}.{port.name} gives goes nowhere; write `{name}.{port.name} -> ...` under edges"
         problems.add(("operators", name), text, at_key=True)
     elif draft.on_error.get(name) == "route":
-        text = f"the error port of {name!r} is not wired; write `{name}.error -> <a sink>` under edges, "
-        problems.add(("operators", name), text + f"or `on_error: drop` or `on_error: fail` at {name!r}", at_key=True)
+        text = f"the error port of {name!r} is not wired; write `{name}.error -> <a sink>` under edges, or "
+        text += f"`on_error: drop` or `on_error: fail` at {name!r}; `\"*.error -> <a sink>\"` wires all that are left"
+        problems.add(("operators", name), text, at_key=True)
 
 
 def _known(wanted: Any) -> str:
@@ -142,6 +143,7 @@ def _topological(draft: Draft, wires: list[Wire]) -> list[str]:
 
 
 def _check_writers(draft: Draft, base_dir: Path, problems: Problems) -> None:
+    """No file has two writers, and none that is read is written."""
     writers: dict[str, str] = {}
     for name, config in draft.configs.items():
         field = draft.specs[name].writes
@@ -153,12 +155,19 @@ def _check_writers(draft: Draft, base_dir: Path, problems: Problems) -> None:
             text = f"{name!r} writes {str(value)!r}, which {writers[target]!r} writes too; give each its own file"
             problems.add(("operators", name, field), text)
         writers.setdefault(target, name)
+    for name, config in draft.configs.items():
+        value = getattr(config, draft.specs[name].reads or "", None)
+        target = "" if value is None else os.path.realpath(base_dir / value)
+        if target in writers:
+            field = str(draft.specs[writers[target]].writes)
+            text = f"{writers[target]!r} writes {str(value)!r}, which {name!r} reads; name another file"
+            problems.add(("operators", writers[target], field), text)
 
 
 def _check_kinds(
     draft: Draft, wires: list[Wire], order: list[str], problems: Problems
 ) -> dict[Edge, frozenset[RecordKind]]:
-    """The kinds each edge carries; a port with `same_as` gives what arrives."""
+    """The kinds each edge carries; a port with `same_as` gives what arrives, unknown behind an unknown operator."""
     carried: dict[Edge, frozenset[RecordKind]] = {}
     arriving: dict[tuple[str, str], frozenset[RecordKind]] = {}
     for name in order:
@@ -172,7 +181,9 @@ def _check_kinds(
                 continue
             given = output.kinds
             if output.same_as is not None:
-                given &= arriving.get((name, output.same_as), ANY_KIND)
+                if (name, output.same_as) not in arriving:
+                    continue
+                given &= arriving[name, output.same_as]
             carried[wire.edge] = given
             if not given <= taken.kinds:
                 _note_mismatch(wire, given, taken.kinds, draft, problems)
@@ -192,6 +203,8 @@ def _note_mismatch(
     ]
     edge = wire.edge
     advice = f"put {' or '.join(repr(c) for c in converters)} between them" if converters else "wire it elsewhere"
+    if given & taken and not converters:
+        advice = f"let {wire.edge.target}.{wire.edge.target_port} take {words(given - taken)} too, or wire it elsewhere"
     problems.add(
         wire.target.path,
         f"{edge.source}.{edge.source_port} gives {words(given)}, but {edge.target}.{edge.target_port} "

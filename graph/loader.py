@@ -30,7 +30,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """Read and check a pipeline file. `overrides` are `--set` texts: `input=x.jsonl`, `operators.decode.max_batch=8`.
+    """Read and check a pipeline file. `overrides` are `--set` texts: `input=x.jsonl`, `operators.decode.buffer=64`.
 
     The built-in operators must be registered (`import sageLLM.operators`). Relative paths in the file start at the
     current directory.
@@ -118,7 +118,7 @@ def _override(text: str, document: Document, problems: Problems) -> None:
         problems.add((origin,), message)
 
     if not equals or not all(path):
-        refuse("write key=value, as in --set input=x.jsonl or --set operators.decode.max_batch=8")
+        refuse("write key=value, as in --set input=x.jsonl or --set operators.decode.buffer=64")
         return
     try:
         value = parse_value(written) if written else ""
@@ -226,7 +226,9 @@ def _find_type(name: str, type_name: Any, is_given: bool, problems: Problems) ->
             f"write the registered name here, and add --allow-module {module} to the command",
         )
         return None
-    hint = "" if is_given or nearest(type_name, all_specs()) else "; or name its `type:`"
+    hint = ""
+    if nearest(type_name, all_specs()) is None:
+        hint = "; if it is your own, add --allow-module <its module>" + ("" if is_given else ", or name its `type:`")
     problems.add(
         path, f"no operator type {type_name!r}{did_you_mean(type_name, all_specs())}{hint}", at_key=not is_given
     )

@@ -45,8 +45,9 @@ class OperatorSpec:
     """The declaration of one operator type.
 
     `requires` and `provides` name facts about a sequence ("leased", "prefilled"): on every path from a source, each
-    required fact must have been provided upstream; this finds missing stages. `writes` names the config field whose
-    value is a file this operator writes, so that two writers of one file are found.
+    required fact must have been provided upstream; this finds missing stages. `writes` and `reads` name the
+    config fields whose values are files that this operator writes or reads, so that two writers of one file are found,
+    and a writer of a file that is read.
     """
 
     name: str
@@ -58,6 +59,7 @@ class OperatorSpec:
     requires: frozenset[str] = field(default_factory=frozenset)
     provides: frozenset[str] = field(default_factory=frozenset)
     writes: str | None = None
+    reads: str | None = None
     example: str = ""
     factory: Any = None  # the Operator class
 

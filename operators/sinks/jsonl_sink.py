@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class JsonlSinkConfig(OperatorConfig):
-    """`path` is relative to the pipeline's folder. `fsync` is when what was written is forced to the disk."""
+    """`path` is relative to the current directory. `fsync` is when what was written is forced to the disk."""
 
     path: Annotated[str, Field(min_length=1)]
     fsync: Literal["never", "interval", "always"] = "interval"

@@ -28,7 +28,7 @@ _CHUNK_BYTES = 1 << 18
 
 
 class JsonlSourceConfig(OperatorConfig):
-    """`path` is relative to the pipeline's folder. `batch_size` is the most requests sent on at once."""
+    """`path` is relative to the current directory. `batch_size` is the most requests sent on at once."""
 
     path: Annotated[str, Field(min_length=1)]
     max_line_bytes: Annotated[int, Field(gt=0)] = 4 * 1024 * 1024
@@ -51,6 +51,7 @@ class JsonlSource(Operator[JsonlSourceConfig]):
     config_model = JsonlSourceConfig
     outputs = (Port("out", frozenset({RecordKind.REQUEST})), ERROR_PORT)
     guarantee = "exactly once with jsonl_sink, across kill -9; at least once with any other sink"
+    reads = "path"
     example = """\
 operators:
   source: {type: jsonl_source, path: questions.jsonl, max_line_bytes: 1048576}
@@ -65,6 +66,7 @@ edges:
         self.path = context.base_dir / config.path
         self.size_bytes = 0
         self.read_bytes = 0  # for a progress display: reaches size_bytes at the end
+        self.skipped_lines = 0  # finished by earlier runs
         self._fd = -1
         self._fingerprint = ""
         self._finished: list[LineSet] = []
@@ -115,6 +117,7 @@ edges:
 
     async def _send(self, lines: list[Line], out: Outlet) -> None:
         pending = [line for line in lines if not any(line.number in done for done in self._finished)]
+        self.skipped_lines += len(lines) - len(pending)
         sent = self.context.resume.sent
         already = sent.get(self.context.name)
         if already is not None:

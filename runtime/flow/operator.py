@@ -7,12 +7,13 @@ An operator in ten lines:
         \"\"\"Makes every answer loud.\"\"\"
 
         guarantee = "one record out for each record in, in order"
-        inputs = (Port("in", frozenset({RecordKind.COMPLETION})),)
+        inputs = (Port("in", frozenset({RecordKind.DELTA, RecordKind.COMPLETION})),)
         outputs = (Port("out", same_as="in"),)
 
         async def process(self, records, out):
-            for completion in records:
-                completion.choices[0].text = completion.choices[0].text.upper()
+            for record in records:
+                if isinstance(record, Completion):
+                    record.choices[0].text = record.choices[0].text.upper()
             await out.send(records)
 """
 
@@ -109,6 +110,7 @@ class Operator(Generic[ConfigT]):
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
     writes: ClassVar[str | None] = None
+    reads: ClassVar[str | None] = None
     example: ClassVar[str] = ""
 
     def __init__(self, config: ConfigT, context: OperatorContext) -> None:
@@ -154,6 +156,7 @@ def operator(name: str) -> Callable[[OperatorT], OperatorT]:
                 requires=cls.requires,
                 provides=cls.provides,
                 writes=cls.writes,
+                reads=cls.reads,
                 example=cls.example,
                 factory=cls,
             )

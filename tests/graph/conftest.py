@@ -37,7 +37,7 @@ def fake_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(registry, "_SPECS", {})
     out = port("out", REQUEST)
-    declare("read", (), (out, ERROR_PORT), config_model=PathConfig)
+    declare("read", (), (out, ERROR_PORT), config_model=PathConfig, reads="path")
     declare("tokenize", (port("in", REQUEST),), (port("out", SEQUENCE), ERROR_PORT))
     declare("prefill", (port("in", SEQUENCE),), (port("out", SEQUENCE),), provides=frozenset({"prefilled"}))
     declare(

@@ -76,6 +76,8 @@ CASES = {
     "kind mismatch": (("decode -> detokenize -> write", "decode -> write"), r"p.yaml:19:46: decode.out gives sequence or delta, but write.in takes completion or dead_letter; put 'detokenize' between them"),
     "missing stage": (("tokenize -> prefill -> decode", "tokenize -> decode"), r"p.yaml:10:3: 'decode' needs records that are 'prefilled', but those from 'tokenize' are not: a stage is missing; put 'prefill' upstream"),
     "two writers": (("path: dead.jsonl", "path: ./x/../answers.jsonl"), r"p.yaml:17:11: 'dead' writes './x/../answers.jsonl', which 'write' writes too"),
+    "input is an output": (("path: dead.jsonl", "path: ./questions.jsonl"), r"p.yaml:17:11: 'dead' writes 'questions.jsonl', which 'read' reads; name another file"),
+    "kinds that fit in part": (("edges:\n  - read -> tokenize -> prefill -> decode ->", "  more: {type: prefill}\nedges:\n  - read -> tokenize -> prefill -> decode -> more ->"), r"p.yaml:20:46: decode.out gives sequence or delta, but more.in takes sequence; let more.in take delta too"),
     "duplicate key": (("  prefill: {}", "  prefill: {}\n  prefill: {}"), r"p.yaml:10:3: key 'prefill' is given twice, first at line 9"),
     "key that is no name": (("  prefill: {}", "  yes: {}"), r"p.yaml:9:3: found True as a key"),
     "tag": (("path: answers.jsonl", "path: !!python/name:os.system x"), r"p.yaml:14:11: .*plain values only"),
@@ -89,6 +91,10 @@ def test_a_problem_is_found_where_it_is(case: str, problems: Any) -> None:
     replacement, expected = CASES[case]
     found = problems(replacement)
     assert [line for line in found if re.match(expected, line)], "\n".join(found)
+
+
+def test_behind_an_unknown_operator_nothing_is_guessed(problems: Any) -> None:
+    assert len(problems(("detokenize -> write", "detokenize -> own -> filter -> write"), ("edges:", "  own:\n  filter:\nedges:"))) == 1
 
 
 @pytest.mark.parametrize("case", ["unknown operator", "unknown field", "mistyped field", "unresolved", "unknown output port",
