@@ -30,7 +30,7 @@ def pipeline_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
         "overrides",
         multiple=True,
         metavar="KEY=VALUE",
-        help="Set a var (input=x.jsonl) or any key (operators.decode.max_batch=8). Repeatable.",
+        help="Set a var (input=x.jsonl) or any key (engine.scheduler.max_batch_size=8). Repeatable.",
     )(command)
     return click.argument("path", metavar="PIPELINE", type=click.Path(path_type=Path))(command)
 

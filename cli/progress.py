@@ -32,8 +32,8 @@ class Reporter(Protocol):
         """Show progress until cancelled."""
         ...
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
-        """Show the end."""
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
+        """Show the end; `skipped` lines of the input stood in the output before the run."""
         ...
 
 
@@ -52,7 +52,7 @@ class _Quiet:
     async def follow(self, flow: Flow) -> None:
         await anyio.sleep_forever()
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
         """Quiet."""
 
 
@@ -63,6 +63,9 @@ def _describe(flow: Flow) -> str:
     counters = flow.ledger.counters()
     finished = counters["accepted"] - counters["in_flight"]
     parts = [f"{finished} done, {counters['in_flight']} in flight"]
+    reason = flow.report().drained
+    if reason is not None:
+        parts.insert(0, f"{reason}: finishing what is in flight, a second signal stops at once:")
     bad = counters["error"] + counters["cancelled"] + counters["shed"]
     if bad:
         parts.append(f"{bad} failed")
@@ -90,8 +93,8 @@ class _Plain:
             await anyio.sleep(_PLAIN_INTERVAL_S)
             print(_describe(flow), file=sys.stderr, flush=True)
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
-        _print_summary(report, summaries)
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
+        _print_summary(report, summaries, skipped)
 
 
 class _Live:
@@ -114,21 +117,23 @@ class _Live:
                 progress.update(task, description=_describe(flow))
                 await anyio.sleep(_LIVE_INTERVAL_S)
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary]) -> None:
-        _print_summary(report, summaries)
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
+        _print_summary(report, summaries, skipped)
 
 
-def _print_summary(report: FlowReport, summaries: list[MetricsSummary]) -> None:
+def _print_summary(report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(stderr=True)
     counts = report.counters
-    table = Table(title=f"{counts['accepted']} requests in {report.seconds:.2f} s", title_justify="left")
-    table.add_column("")
-    for name in ("mean", "p50", "p90", "p99"):
-        table.add_column(name, justify="right")
     for summary in summaries:
+        if not summary.requests:
+            continue
+        table = Table(title=f"{counts['accepted']} requests in {report.seconds:.2f} s", title_justify="left")
+        table.add_column("")
+        for name in ("mean", "p50", "p90", "p99"):
+            table.add_column(name, justify="right")
         for label, figures in (
             ("queue ms", summary.queue_ms),
             ("TTFT ms", summary.ttft_ms),
@@ -137,14 +142,14 @@ def _print_summary(report: FlowReport, summaries: list[MetricsSummary]) -> None:
         ):
             cells = (figures.mean, figures.p50, figures.p90, figures.p99)
             table.add_row(label, *(f"{figure:.1f}" for figure in cells))
-    outcome = "  ".join(f"{name} {counts[name]}" for name in ("done", "error", "cancelled", "shed") if counts[name])
-    if summaries:
         console.print(table)
-    for summary in summaries:
         console.print(
             f"{summary.output_tokens} output tokens, {summary.output_tokens_per_s:.0f} tok/s, "
             f"{summary.requests_per_s:.1f} requests/s, prefix hits {summary.prefix_hit_tokens} tokens "
             f"({summary.prefix_hit_ratio:.0%})",
             highlight=False,
         )
-    console.print(outcome or "no requests", highlight=False)
+    outcomes = [f"{name} {counts[name]}" for name in ("done", "error", "cancelled", "shed") if counts[name]]
+    outcomes += [f"{skipped} lines stood in the output already"] * (skipped > 0)
+    outcomes += [f"stopped early: {report.drained}"] * (report.drained is not None)
+    console.print("  ".join(outcomes) or "no requests", highlight=False)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import ConfigError
 from .common import pipeline_arguments, read_pipeline
 
 if TYPE_CHECKING:
@@ -31,17 +32,32 @@ def command(path: Path, overrides: tuple[str, ...], allow_modules: tuple[str, ..
     anyio.run(_run, pipeline, make_reporter(quiet))
 
 
+def _check_inputs(pipeline: Pipeline) -> None:
+    """Say that an input is missing before a model is loaded for it.
+
+    Raises:
+        ConfigError: a file that an operator reads is not there.
+    """
+    for node in pipeline.nodes.values():
+        written = getattr(node.config, node.spec.reads or "", None)
+        if written is not None and not (pipeline.base_dir / written).exists():
+            where = pipeline.base_dir / written
+            raise ConfigError(f"{written}: no such file, but {node.name!r} reads it (looked for {where})")
+
+
 async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     import anyio
 
     from ..benchmarks.gates import check_gates
     from ..operators.metrics import Metrics
+    from ..operators.sources.jsonl_source import JsonlSource
     from ..runtime.assembly import assemble
     from ..runtime.flow.groups import lone_error_unwrapped
     from ..runtime.flow.signals import drain_on_signals
     from ..runtime.garbage import collect_rarely
     from ..runtime.services import EngineServices
 
+    _check_inputs(pipeline)
     services = EngineServices(pipeline.engine)
     flow = assemble(pipeline, services)
     needed = services.is_needed_by(pipeline)
@@ -58,6 +74,7 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
             finally:
                 tasks.cancel_scope.cancel()
     summaries = [operator.summary() for operator in flow.operators.values() if isinstance(operator, Metrics)]
-    reporter.summarize(report, summaries)
+    sources = [operator for operator in flow.operators.values() if isinstance(operator, JsonlSource)]
+    reporter.summarize(report, summaries, sum(source.skipped_lines for source in sources))
     if summaries:
         check_gates(pipeline.engine.benchmark, summaries[0])
