@@ -238,13 +238,13 @@ class SageLLMEngine:
             RequestError: a single request is bad or failed; for a list only if one is malformed before it is sent.
             EngineClosedError: the engine is not initialized, or was shut down.
         """
-        if isinstance(request, GenerateRequest):
+        if isinstance(request, (GenerateRequest, str, dict)):
             return _to_output(self._submit([request])[0].result(), strict=True)
         return [_to_output(future.result(), strict=False) for future in self._submit(request)]
 
     def _submit(self, requests: Sequence[GenerateRequest]) -> list[Future[Completion | DeadLetter]]:
         callers = [FutureCaller() for _ in requests]
-        records = [request.to_record() for request in requests]
+        records = [_to_record(request) for request in requests]
         self._desk().submit(list(zip(records, callers, strict=True)))
         return [caller.future for caller in callers]
 
@@ -260,7 +260,7 @@ class SageLLMEngine:
             RequestError: the request is bad or failed.
             EngineClosedError: the engine is not running.
         """
-        async with aclosing(self._follow(request.to_record())) as records:
+        async with aclosing(self._follow(_to_record(request))) as records:
             async for record in records:
                 if not isinstance(record, TokenDelta):
                     return _to_output(record, strict=True)
@@ -273,7 +273,7 @@ class SageLLMEngine:
             RequestError: the request is bad or failed.
             EngineClosedError: the engine is not running.
         """
-        async with aclosing(self._follow(request.to_record(stream=True))) as records:
+        async with aclosing(self._follow(_to_record(request, stream=True))) as records:
             async for record in records:
                 if not isinstance(record, TokenDelta):
                     _to_output(record, strict=True)
@@ -322,6 +322,12 @@ def standard_pipeline(config: SageLLMConfig) -> dict[str, Any]:
         "operators": {stage: {} for stage in stages},
         "edges": [" -> ".join(stages), *(f"{stage}.error -> call_sink" for stage in failing)],
     }
+
+
+def _to_record(request: GenerateRequest, stream: bool = False) -> Request:
+    if not isinstance(request, GenerateRequest):
+        raise RequestError(f"found {request!r:.60}: write a GenerateRequest, as in GenerateRequest(prompt='...')")
+    return request.to_record(stream)
 
 
 def _to_output(record: Completion | DeadLetter, strict: bool) -> GenerateOutput:

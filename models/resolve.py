@@ -158,9 +158,9 @@ def _resolve_random(config: ModelConfig, reason: str) -> ResolvedModel:
         dtype="float32",
     )  # fmt: skip
     log.warning(
-        "model %r does not exist (%s); because its five dimensions are given, it runs with RANDOM weights (seed %d): "
-        "the output has no meaning",
-        config.model_id, reason, config.seed,
+        "WARNING: RANDOM weights (seed %d) for model %r, so the output has no meaning: its five dimensions are given, "
+        "and it does not exist (%s)",
+        config.seed, config.model_id, reason,
     )  # fmt: skip
     fingerprint = _digest([repr(architecture).encode()], config, "dummy")
     return ResolvedModel(
