@@ -148,10 +148,10 @@ class SchedulerConfig(Config):
 
     `max_batch_size` bounds the sequences that hold a lease, `max_decode_batch` those that get a token in one step,
     `max_prefill_batch` those whose prompt is computed in one step; `max_step_tokens` bounds the tokens of one step
-    and so the size of a prompt chunk (None: 4096 on a GPU, 512 on a CPU and more there for a small model). `launch_ahead` plans and launches a step
-    before the previous one's tokens are read. `queue_timeout_s` is the longest wait for a lease, `request_timeout_s`
-    the longest time from arrival to the last token, 0 is no limit; both hold for requests that somebody waits for
-    (library calls, sockets): lines of a file wait as long as it takes.
+    and so the size of a prompt chunk (None: 4096 on a GPU, 512 on a CPU and more there for a small model).
+    `launch_ahead` plans and launches a step before the previous one's tokens are read. `queue_timeout_s` is the
+    longest wait for a lease, `request_timeout_s` the longest time from arrival to the last token, 0 is no limit; both
+    hold for requests that somebody waits for (library calls, sockets): lines of a file wait as long as it takes.
     """
 
     mode: Mode = SchedulerMode.HYBRID
@@ -237,17 +237,22 @@ class SageLLMConfig(Config):
         import yaml
 
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+        where = str(path)
+        if isinstance(data, dict) and "engine" in data:
+            data, where = data["engine"], f"{path}: engine"
+        if data is None:
+            data = {}
         if not isinstance(data, dict):
-            raise ConfigError(f"{path}: found {type(data).__name__}, write a mapping with `model:`, `kv_cache:`, ...")
-        if "engine" in data:
-            data = data["engine"]
+            raise ConfigError(f"{where}: found {type(data).__name__}, write a mapping with `model:`, `kv_cache:`, ...")
         try:
-            return cls.model_validate(data)
+            return cls.model_validate({name: section for name, section in data.items() if section is not None})
+        except NotAvailableError as error:
+            raise NotAvailableError(f"{where}: {error}") from error
         except ValidationError as error:
-            lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            lines = [f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise ConfigError("\n".join(lines)) from error
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,175 @@
+"""Configuration: names and defaults that users may rely on, YAML in and out, a clear no to what is not there yet."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from sageLLM import (
+    BackendConfig,
+    BenchmarkConfig,
+    InferenceMode,
+    KVCacheConfig,
+    KVGranularity,
+    ModelConfig,
+    SageLLMConfig,
+    SchedulerConfig,
+    SchedulerMode,
+)
+from sageLLM.config import BackendType, DType
+from sageLLM.errors import ConfigError, NotAvailableError
+
+DEFAULTS = {
+    ModelConfig: {
+        "model_id": "builtin:pydoc-tiny", "num_layers": None, "num_heads": None, "hidden_size": None,
+        "vocab_size": None, "max_seq_len": None, "dtype": DType.AUTO, "quantization": None,
+        "quantization_config": None, "sparsity_pattern": None, "sparsity_ratio": 0.0, "load_format": "auto",
+    },
+    KVCacheConfig: {
+        "max_tokens": 65536, "block_size": 16, "granularity": KVGranularity.BLOCK, "enable_tiering": False,
+        "hbm_ratio": 1.0, "ddr_ratio": 0.0, "nvme_ratio": 0.0, "nvme_path": None, "enable_prefix_caching": True,
+        "enable_cross_request_sharing": True, "enable_migration": False, "hot_threshold": 1.0, "cold_timeout_s": 60.0,
+    },
+    SchedulerConfig: {
+        "mode": SchedulerMode.HYBRID, "prefill_workers": 1, "decode_workers": 1, "max_batch_size": 64,
+        "max_prefill_batch": 8, "max_decode_batch": 64, "request_timeout_s": 60, "queue_timeout_s": 30,
+    },
+    BackendConfig: {
+        "backend_type": None, "device_ids": [0], "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+    },
+    BenchmarkConfig: {
+        "enable_profiling": False, "enable_metrics": True, "enable_gates": False, "min_throughput_tps": None,
+        "max_ttft_ms": None, "max_tpot_ms": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", DEFAULTS)
+def test_the_fields_and_their_defaults(cls):
+    config = cls()
+    assert {name: getattr(config, name) for name in DEFAULTS[cls]} == DEFAULTS[cls]
+
+
+def test_the_whole():
+    config = SageLLMConfig()
+    assert list(SageLLMConfig.model_fields) == [
+        "model", "kv_cache", "scheduler", "backend", "benchmark", "inference_mode",
+    ]  # fmt: skip
+    assert [type(getattr(config, name)) for name in list(SageLLMConfig.model_fields)[:5]] == list(DEFAULTS)
+    assert config.inference_mode is InferenceMode.STANDARD
+
+
+@pytest.mark.parametrize("write", [str.lower, str.upper, str.title])
+def test_yaml_writes_enums_in_any_case(tmp_path, write):
+    path = tmp_path / "engine.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "inference_mode": write("standard"),
+                "model": {"dtype": write("bfloat16")},
+                "kv_cache": {"granularity": write("block")},
+                "scheduler": {"mode": write("hybrid")},
+                "backend": {"backend_type": write("cpu")},
+            }
+        )
+    )
+    config = SageLLMConfig.from_yaml(path)
+    assert config.inference_mode is InferenceMode.STANDARD
+    assert config.model.dtype is DType.BFLOAT16
+    assert config.kv_cache.granularity is KVGranularity.BLOCK
+    assert config.scheduler.mode is SchedulerMode.HYBRID
+    assert config.backend.backend_type is BackendType.CPU
+
+
+def test_there_and_back(tmp_path):
+    config = SageLLMConfig(
+        model=ModelConfig(model_id="some/model", dtype="float32", max_seq_len=128),
+        kv_cache=KVCacheConfig(max_tokens=4096, block_size=8, enable_prefix_caching=False),
+        scheduler=SchedulerConfig(max_batch_size=3, request_timeout_s=0),
+        backend=BackendConfig(backend_type="cpu", threads=2),
+        benchmark=BenchmarkConfig(enable_gates=True, max_ttft_ms=100),
+    )
+    assert SageLLMConfig(**config.to_dict()) == config
+    path = tmp_path / "engine.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    assert SageLLMConfig.from_yaml(path) == config
+    path.write_text(yaml.safe_dump({"name": "p", "operators": {}, "edges": [], "engine": config.to_dict()}))
+    assert SageLLMConfig.from_yaml(path) == config, "a pipeline file holds the same under `engine:`"
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    path = tmp_path / "engine.yaml"
+    for text in ("", "engine:\n", "model:\n"):
+        path.write_text(text)
+        assert SageLLMConfig.from_yaml(path) == SageLLMConfig()
+
+
+LATER = [
+    (ModelConfig, {"quantization": "int8"}, "model.quantization"),
+    (ModelConfig, {"quantization_config": {"bits": 4}}, "model.quantization_config"),
+    (ModelConfig, {"sparsity_pattern": "2:4"}, "model.sparsity_pattern"),
+    (ModelConfig, {"sparsity_ratio": 0.5}, "model.sparsity_ratio"),
+    (KVCacheConfig, {"granularity": "TOKEN"}, "kv_cache.granularity TOKEN"),
+    (KVCacheConfig, {"granularity": "layer"}, "kv_cache.granularity LAYER"),
+    (KVCacheConfig, {"granularity": "head"}, "kv_cache.granularity HEAD"),
+    (KVCacheConfig, {"enable_tiering": True}, "kv_cache tiering"),
+    (KVCacheConfig, {"hbm_ratio": 0.5}, "kv_cache tiering"),
+    (KVCacheConfig, {"ddr_ratio": 0.5}, "kv_cache tiering"),
+    (KVCacheConfig, {"nvme_ratio": 0.5}, "kv_cache tiering"),
+    (KVCacheConfig, {"nvme_path": "/tmp/kv"}, "kv_cache tiering"),
+    (KVCacheConfig, {"enable_migration": True}, "kv_cache.enable_migration"),
+    (KVCacheConfig, {"hot_threshold": 2.0}, "kv_cache.hot_threshold"),
+    (KVCacheConfig, {"cold_timeout_s": 5.0}, "kv_cache.cold_timeout_s"),
+    (SchedulerConfig, {"mode": "strict"}, "scheduler.mode STRICT"),
+    (SchedulerConfig, {"mode": "TIME_SHARE"}, "scheduler.mode TIME_SHARE"),
+    (SchedulerConfig, {"prefill_workers": 2}, "more than one worker"),
+    (SchedulerConfig, {"decode_workers": 2}, "more than one worker"),
+    (BackendConfig, {"tensor_parallel_size": 2}, "backend.tensor_parallel_size"),
+    (BackendConfig, {"pipeline_parallel_size": 2}, "backend.pipeline_parallel_size"),
+    (BackendConfig, {"device_ids": [0, 1]}, "more than one device"),
+    (BenchmarkConfig, {"enable_profiling": True}, "benchmark.enable_profiling"),
+    (SageLLMConfig, {"inference_mode": "prefill_only"}, "inference_mode PREFILL_ONLY"),
+    (SageLLMConfig, {"inference_mode": "DECODE_ONLY"}, "inference_mode DECODE_ONLY"),
+]
+
+
+@pytest.mark.parametrize(("cls", "asked", "named"), LATER)
+def test_what_a_later_version_brings_is_refused_by_name(cls, asked, named):
+    with pytest.raises(NotAvailableError) as raised:
+        cls(**asked)
+    assert named in str(raised.value)
+    assert "is not available yet; " in str(raised.value), "what to write instead"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("model: {dtype: float12}", "model.dtype"),
+        ("modle: {}", "modle"),
+        ("kv_cache: {max_tokens: 0}", "kv_cache.max_tokens"),
+        ("kv_cache: {max_tokens: 8, block_size: 16}", "less than one block of 16 tokens"),
+        ("benchmark: {max_ttft_ms: 3}", "set enable_gates: true"),
+        ("[]", "write a mapping"),
+        ("engine: 3", "write a mapping"),
+        ("a: [", "cannot be read as YAML"),
+        ("scheduler: {mode: strict}", "not available yet"),
+    ],
+)
+def test_a_wrong_file_says_which_file_and_what(tmp_path, text, problem):
+    path = tmp_path / "engine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        SageLLMConfig.from_yaml(path)
+    assert problem in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
+        SageLLMConfig.from_yaml(tmp_path / "nothing.yaml")
+
+
+def test_values_are_fixed_once_validated():
+    with pytest.raises(ValidationError):
+        SageLLMConfig().inference_mode = InferenceMode.STANDARD
