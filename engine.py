@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,23 +154,22 @@ class SageLLMEngine:
     # -- life --------------------------------------------------------------------------------------------------------
 
     def initialize(self) -> None:
-        """Load the model and start the pipeline; does nothing when it runs already.
+        """Load the model and start the pipeline; when it runs already, or starts on another thread, wait for that.
 
         Raises:
             ModelError: the model cannot be found, read or built.
             ConfigError: the device or the KV pool cannot be had.
         """
         with self._lock:
-            if self._thread is not None:
-                return
-            self._started = Future()
-            self._thread = threading.Thread(target=self._run, name="sagellm-engine", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                self._started = Future()
+                self._thread = threading.Thread(target=self._run, name="sagellm-engine", daemon=True)
+                self._thread.start()
+            started = self._started
         try:
-            self._started.result()
-        except BaseException:
-            self._thread.join()
-            self._thread = None
+            started.result()
+        except BaseException:  # also KeyboardInterrupt, which leaves the thread loading
+            self.shutdown()
             raise
 
     def _run(self) -> None:
@@ -208,13 +207,13 @@ class SageLLMEngine:
     def shutdown(self) -> None:
         """Finish what is in flight, then stop; later calls raise EngineClosedError. May be called twice."""
         with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        if self._calls is not None:
-            self._calls.close("the engine was shut down")
-        thread.join()
-        self._services = self._flow = self._calls = None
+            if self._thread is None:
+                return
+            wait([self._started])  # while the model loads there is nothing to close yet
+            if self._calls is not None:
+                self._calls.close("the engine was shut down")
+            self._thread.join()
+            self._thread = self._services = self._flow = self._calls = None
 
     def __enter__(self) -> SageLLMEngine:
         self.initialize()

@@ -1,0 +1,111 @@
+"""Starting and stopping the engine from several threads, and being interrupted while the model loads."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import Future
+
+import pytest
+
+from sageLLM import GenerateRequest, ModelConfig, SageLLMConfig, SageLLMEngine
+from sageLLM.runtime.services import EngineServices
+
+LIMIT_S = 30
+
+
+@pytest.fixture
+def slow_engine(monkeypatch):
+    """An engine on the null model whose loading waits: (engine, is loading, may go on)."""
+    loading, go = threading.Event(), threading.Event()
+    load = EngineServices.load
+
+    def load_slowly(services):
+        loading.set()
+        assert go.wait(LIMIT_S)
+        load(services)
+
+    monkeypatch.setattr(EngineServices, "load", load_slowly)
+    engine = SageLLMEngine(SageLLMConfig(model=ModelConfig(model_id="builtin:null")))
+    yield engine, loading, go
+    go.set()
+
+
+def in_background(function):
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def ended(*threads):
+    for thread in threads:
+        thread.join(LIMIT_S)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_shutdown_while_the_model_loads_ends_the_engine(slow_engine):
+    engine, loading, go = slow_engine
+    starting = in_background(engine.initialize)
+    assert loading.wait(LIMIT_S)
+    stopping = in_background(engine.shutdown)
+    stopping.join(0.1)
+    go.set()
+    assert ended(starting, stopping)
+    assert not engine.get_stats()["initialized"]
+
+
+def test_a_second_initialize_waits_for_the_first(slow_engine):
+    engine, loading, go = slow_engine
+    starting = in_background(engine.initialize)
+    assert loading.wait(LIMIT_S)
+    seen = []
+
+    def start_and_use():
+        engine.initialize()
+        seen.append(engine.generate(GenerateRequest(prompt="a", max_new_tokens=2)).output_tokens)
+
+    second = in_background(start_and_use)
+    second.join(0.1)
+    go.set()
+    assert ended(starting, second)
+    assert [len(tokens) for tokens in seen] == [2]
+    engine.shutdown()
+
+
+def test_an_interrupt_while_the_model_loads_leaves_nothing_running(slow_engine, monkeypatch):
+    engine, _, go = slow_engine
+
+    class InterruptedFuture(Future):
+        def result(self, timeout=None):
+            go.set()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sageLLM.engine.Future", InterruptedFuture)
+    raised = []
+
+    def start():
+        try:
+            engine.initialize()
+        except KeyboardInterrupt as error:
+            raised.append(error)
+
+    assert ended(in_background(start))
+    assert raised
+    assert not [thread for thread in threading.enumerate() if thread.name == "sagellm-engine"]
+
+
+def test_after_shutdown_no_thread_and_no_memory_is_left():
+    engine = SageLLMEngine(
+        SageLLMConfig(model=ModelConfig(model_id="builtin:pydoc-tiny"), kv_cache={"max_tokens": 512})
+    )
+    before = set(threading.enumerate())
+    with engine:
+        engine.generate(GenerateRequest(prompt="a", max_new_tokens=2))
+        services = weakref.ref(engine._services)
+        weights = weakref.ref(engine._services.executor._kv)
+    gc.collect()
+    assert services() is None
+    assert weights() is None
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not [name for name in left if name.startswith("sagellm")]
