@@ -1,0 +1,79 @@
+"""`sagellm bench`: what it prints and what it refuses. No figure is judged here: a test machine is no benchmark."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from sageLLM.benchmarks import compare as comparing
+from sageLLM.benchmarks.measurement import Measurement
+from sageLLM.cli.main import cli
+
+
+@pytest.fixture(autouse=True)
+def collector_untouched(monkeypatch):
+    monkeypatch.setattr("sageLLM.runtime.garbage.collect_rarely", lambda: None)
+
+
+def bench(*arguments):
+    return CliRunner().invoke(cli, ["bench", *arguments])
+
+
+def test_overhead_prints_one_row():
+    result = bench("overhead", "--requests", "200", "--batch", "32")
+    assert result.exit_code == 0, result.output
+    header, rule, row = result.stdout.splitlines()
+    assert header.split() == ["requests", "seconds", "requests/s", "tokens/s", "us/request"]
+    assert set(rule) == {"-", " "}
+    requests, _, rate, tokens, cost = map(float, row.split())
+    assert requests == 200
+    assert tokens == pytest.approx(32 * rate, rel=0.05)
+    assert cost == pytest.approx(1e6 / rate, rel=0.05)
+
+
+def test_overhead_can_say_where_the_time_went():
+    result = bench("overhead", "--requests", "300", "--batch", "32", "--profile")
+    assert result.exit_code == 0, result.output
+    assert "CPU time per request" in result.stdout
+
+
+def test_compare_prints_ratios_to_the_peer(monkeypatch):
+    def measure(name, seconds, tokens):
+        class Fake:
+            def __init__(self, folder, dtype, threads):
+                assert (folder / "model.safetensors").stat().st_size > 0
+                assert (dtype, threads) == ("float32", 1)
+
+            def run(self, workload):
+                output = sum(length for _, length in workload.requests)
+                result = Measurement(name, workload.name, seconds, output, len(workload.requests), 10.0, 2.0)
+                return result, [tokens] * len(workload.requests)
+
+            def close(self):
+                pass
+
+        Fake.name = name
+        return Fake
+
+    monkeypatch.setattr(comparing, "SageLLM", measure("ours", 2.0, [1, 2]))
+    monkeypatch.setitem(comparing.PEERS, "transformers", measure("theirs", 5.0, [1, 2]))
+    result = bench("compare", "--workload", "overhead", "--dtype", "float32", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    ours, theirs = (line for line in result.stdout.splitlines() if line.startswith("overhead "))
+    assert ours.split() == ["overhead", "ours", "2.00", "10", "2.0", "4096.0", "128.0", "2.50x", "100%"]
+    assert theirs.split()[-1] == "1.00x"
+    assert "llama.cpp" in result.stdout  # what others are known to reach
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["compare", "--workload", "cpu-tripple"], 2, "cpu-single, cpu-batch, cpu-prefix, overhead"),
+        (["compare", "--peer", "nobody"], 78, "no peer 'nobody'; there is: transformers"),
+        (["overhead", "--requests", "0"], 2, "--requests"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(arguments, code, said):
+    result = bench(*arguments)
+    assert result.exit_code == code
+    assert said in result.output
