@@ -78,6 +78,12 @@ def test_a_single_bad_request_raises(engine):
         engine.generate(GenerateRequest())
 
 
+@pytest.mark.parametrize("request_", ["hello", {"prompt": "hello"}, ["hello"]])
+def test_what_is_no_request_is_told_what_to_write(engine, request_):
+    with pytest.raises(RequestError, match="write a GenerateRequest"):
+        engine.generate(request_)
+
+
 def test_text_in_text_out(engine):
     output = engine.generate(GenerateRequest(prompt="the quick brown", max_new_tokens=6, temperature=0.0))
     assert isinstance(output.text, str)
