@@ -126,6 +126,22 @@ def test_a_stage_of_ours_that_fails_and_is_restarted(make_run, make_requests, sm
         assert run.flow.report().operators[where]["restarts"] == 1
 
 
+@settings(many, max_examples=15)
+@given(faults=faults, engine=engines, seed=st.integers(0, 2**16), end=st.none() | st.just("drain") | st.just("abort"))
+def test_the_same_with_the_worker_on_a_thread_of_its_own(make_run, make_requests, faults, engine, seed, end):
+    from sageLLM.runtime.worker import driver
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "TaskDriver", driver.ThreadDriver)  # what a real device gets
+        ending = None if end is None else (end, seed % 300)
+        run = make_run(
+            make_requests(25, seed, stream=True), engine, faults=faults, seed=seed, end=ending, backend="asyncio"
+        )()
+    if end != "abort":
+        assert run.error is None
+        run.check_everyone_had_one_end()
+
+
 def test_an_operator_that_fails_for_ever_ends_everything(make_run, make_requests, small_engine):
     run = make_run(make_requests(25), small_engine, faults={"prefill": {"raise": 1.0}}, max_restarts=2)()
     assert isinstance(run.error, OperatorFailedError)
