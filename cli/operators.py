@@ -42,6 +42,10 @@ def describe(spec: OperatorSpec) -> list[str]:
         lines.append(f"Needs records that are: {', '.join(sorted(spec.requires))}")
     if spec.provides:
         lines.append(f"Makes records: {', '.join(sorted(spec.provides))}")
+    if spec.precedes:
+        lines.append(f"Comes before they are: {', '.join(sorted(spec.precedes))}")
+    if spec.single:
+        lines.append("Once in a pipeline.")
     lines += _fields(spec)
     if spec.example:
         lines += ["", "Example:", *(f"  {line}" for line in spec.example.strip("\n").splitlines())]

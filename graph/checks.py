@@ -47,6 +47,9 @@ def check_graph(draft: Draft, base_dir: Path, problems: Problems) -> list[Edge]:
     order = _topological(draft, forward)
     kinds = _check_kinds(draft, forward, order, problems)
     _check_stages(draft, forward, order, kinds, problems)
+    _check_late_stages(draft, forward, order, kinds, problems)
+    _check_single(draft, problems)
+    _check_copies(draft, kinds, problems)
     return [replace(wire.edge, kinds=kinds.get(wire.edge, frozenset())) for wire in draft.wiring.wires]
 
 
@@ -247,6 +250,47 @@ def _check_stages(
             )
         # what is missing is reported once, not again at every stage downstream
         facts[name] = None if held is None else held | spec.provides | frozenset(without)
+
+
+def _check_late_stages(
+    draft: Draft,
+    wires: list[Wire],
+    order: list[str],
+    kinds: dict[Edge, frozenset[RecordKind]],
+    problems: Problems,
+) -> None:
+    """May-analysis: no stage stands behind one that it must precede."""
+    givers: dict[str, dict[str, str]] = {}
+    for name in order:
+        spec = draft.specs[name]
+        given = givers[name] = {}
+        for wire in wires:
+            if wire.edge.target == name and kinds.get(wire.edge) != _DEAD_ONLY:
+                given.update(givers[wire.edge.source])
+        for fact in sorted(spec.precedes & given.keys()):
+            text = f"{spec.title(name)} comes too late: its records are {fact!r} already, by {given[fact]!r}; "
+            problems.add(("operators", name), text + f"put it upstream of {given[fact]!r}", at_key=True)
+        given.update(dict.fromkeys(spec.provides, name))
+
+
+def _check_single(draft: Draft, problems: Problems) -> None:
+    first: dict[str, str] = {}
+    for name, spec in draft.specs.items():
+        if spec.single and first.setdefault(spec.name, name) != name:
+            text = f"{name!r} is a second {spec.name!r} beside {first[spec.name]!r}; a pipeline has one worker, and so "
+            problems.add(("operators", name), text + f"one {spec.name!r} stage: merge the two", at_key=True)
+
+
+def _check_copies(draft: Draft, kinds: dict[Edge, frozenset[RecordKind]], problems: Problems) -> None:
+    """Sequences, which own KV blocks, go one way."""
+    first: dict[tuple[str, str], Edge] = {}
+    for wire in draft.wiring.wires:
+        edge = wire.edge
+        before = first.setdefault((edge.source, edge.source_port), edge)
+        if before is not edge and RecordKind.SEQUENCE in kinds.get(edge, frozenset()):
+            text = f"{edge.source}.{edge.source_port} gives sequences, which cannot be copied, and goes to "
+            text += f"{before.target!r} already; leave one edge, or branch where requests or completions flow"
+            problems.add(wire.target.path, text, offset=wire.target.offset)
 
 
 def words(kinds: frozenset[RecordKind]) -> str:

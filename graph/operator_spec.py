@@ -45,9 +45,10 @@ class OperatorSpec:
     """The declaration of one operator type.
 
     `requires` and `provides` name facts about a sequence ("leased", "prefilled"): on every path from a source, each
-    required fact must have been provided upstream; this finds missing stages. `writes` and `reads` name the
-    config fields whose values are files that this operator writes or reads, so that two writers of one file are found,
-    and a writer of a file that is read.
+    required fact must have been provided upstream; this finds missing stages. No fact of `precedes` may be provided
+    upstream on any path: this stage would come too late. A `single` operator stands once in a pipeline. `writes` and
+    `reads` name the config fields whose values are files that this operator writes or reads, so that two writers of one
+    file are found, and a writer of a file that is read.
     """
 
     name: str
@@ -58,6 +59,8 @@ class OperatorSpec:
     outputs: tuple[Port, ...]
     requires: frozenset[str] = field(default_factory=frozenset)
     provides: frozenset[str] = field(default_factory=frozenset)
+    precedes: frozenset[str] = field(default_factory=frozenset)
+    single: bool = False
     writes: str | None = None
     reads: str | None = None
     example: str = ""

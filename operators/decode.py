@@ -25,6 +25,7 @@ class Decode(WorkerDoor):
     outputs = (Port("out", frozenset({RecordKind.SEQUENCE, RecordKind.DELTA})), ERROR_PORT)
     requires = frozenset({"prefilled"})
     provides = frozenset({"decoded"})
+    single = True  # one worker, one door of each kind
     guarantee = "every sequence leaves exactly once, on `out` or `error`, after all its deltas"
     example = "decode: {}"
 

@@ -30,6 +30,7 @@ class KVCommit(Operator[KVCommitConfig]):
     outputs = (Port("out", _SEQUENCE),)
     requires = frozenset({"prefilled"})
     provides = frozenset({"committed"})
+    precedes = frozenset({"decoded"})
     guarantee = "one record out for each record in, in order"
     example = "kv_commit: {outputs: true}"
 

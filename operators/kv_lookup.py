@@ -24,6 +24,7 @@ class KVLookup(Operator[OperatorConfig]):
     outputs = (Port("out", _SEQUENCE),)
     requires = frozenset({"tokenized"})
     provides = frozenset({"looked_up"})
+    precedes = frozenset({"leased"})
     guarantee = "one record out for each record in, in order"
     example = "kv_lookup: {}"
 

@@ -25,6 +25,7 @@ class Prefill(WorkerDoor):
     outputs = (Port("out", _SEQUENCE), ERROR_PORT)
     requires = frozenset({"leased"})
     provides = frozenset({"prefilled"})
+    single = True  # one worker, one door of each kind
     guarantee = "every sequence leaves exactly once, on `out` or `error`"
     example = "prefill: {}"
 

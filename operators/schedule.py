@@ -44,6 +44,7 @@ class Schedule(Operator[ScheduleConfig]):
     outputs = (Port("out", _SEQUENCE), ERROR_PORT)
     requires = frozenset({"tokenized"})
     provides = frozenset({"leased"})
+    single = True  # one worker, one door of each kind
     guarantee = "every sequence leaves exactly once, on `out` or `error`"
     example = "schedule: {max_waiting: 256}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import ConfigError
 from .flow.flow import Flow
 from .flow.ledger import Ledger
 from .flow.operator import Operator, OperatorContext
@@ -20,12 +19,8 @@ def assemble(pipeline: Pipeline, services: EngineServices) -> Flow:
     """Make the operators of a pipeline and connect them.
 
     Raises:
-        ConfigError: two stages want the same door of the one worker.
+        ConfigError: sequences, which own KV blocks, are to be copied to several edges.
     """
-    for door in ("schedule", "prefill", "decode"):
-        names = [node.name for node in pipeline.nodes.values() if node.spec.name == door]
-        if len(names) > 1:
-            raise ConfigError(f"{' and '.join(names)}: a pipeline has one worker, and so one {door} stage; merge them")
     ledger = Ledger()
     ledger.on_settled(lambda settled: services.release([request for request, _ in settled]))
     resume = ResumeIndex()

@@ -109,6 +109,8 @@ class Operator(Generic[ConfigT]):
     guarantee: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
+    precedes: ClassVar[frozenset[str]] = frozenset()
+    single: ClassVar[bool] = False
     writes: ClassVar[str | None] = None
     reads: ClassVar[str | None] = None
     example: ClassVar[str] = ""
@@ -155,6 +157,8 @@ def operator(name: str) -> Callable[[OperatorT], OperatorT]:
                 outputs=cls.outputs,
                 requires=cls.requires,
                 provides=cls.provides,
+                precedes=cls.precedes,
+                single=cls.single,
                 writes=cls.writes,
                 reads=cls.reads,
                 example=cls.example,

@@ -39,7 +39,9 @@ def fake_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     out = port("out", REQUEST)
     declare("read", (), (out, ERROR_PORT), config_model=PathConfig, reads="path")
     declare("tokenize", (port("in", REQUEST),), (port("out", SEQUENCE), ERROR_PORT))
-    declare("prefill", (port("in", SEQUENCE),), (port("out", SEQUENCE),), provides=frozenset({"prefilled"}))
+    declare(
+        "prefill", (port("in", SEQUENCE),), (port("out", SEQUENCE),), provides=frozenset({"prefilled"}), single=True
+    )
     declare(
         "decode",
         (port("in", SEQUENCE),),
@@ -51,6 +53,7 @@ def fake_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     declare("detokenize", (port("in", SEQUENCE, DELTA),), (port("out", COMPLETION),), requires=frozenset({"decoded"}))
     declare("write", (port("in", COMPLETION, DEAD),), (), config_model=PathConfig, writes="path")
     declare("filter", (port("in"),), (port("out", same_as="in"), port("rejected", same_as="in", optional=True)))
+    declare("look", (port("in", SEQUENCE),), (port("out", SEQUENCE),), precedes=frozenset({"prefilled"}))
     declare("tee", (port("in"),), (port("left", same_as="in"), port("right", same_as="in")))
     declare("merge", (port("left"), port("right")), (port("out", same_as="left"),))
 
