@@ -61,14 +61,12 @@ def _describe(flow: Flow) -> str:
     from ..operators.metrics import Metrics
 
     counters = flow.ledger.counters()
-    finished = counters["accepted"] - counters["in_flight"]
-    parts = [f"{finished} done, {counters['in_flight']} in flight"]
+    bad = counters["error"] + counters["cancelled"] + counters["shed"]
+    failed = f", {bad} failed" if bad else ""
+    parts = [f"{counters['done']} done{failed}, {counters['in_flight']} in flight"]
     reason = flow.report().drained
     if reason is not None:
         parts.insert(0, f"{reason}: finishing what is in flight, a second signal stops at once:")
-    bad = counters["error"] + counters["cancelled"] + counters["shed"]
-    if bad:
-        parts.append(f"{bad} failed")
     for operator in flow.operators.values():
         if isinstance(operator, Metrics):
             summary = operator.summary()
@@ -77,6 +75,18 @@ def _describe(flow: Flow) -> str:
             parts.append(f"prefix hits {summary.prefix_hit_ratio:.0%}")
             break
     return "  ".join(parts)
+
+
+def _share(flow: Flow) -> tuple[float, float | None]:
+    """Lines that are finished, and all lines, estimated while files are read (None: there is no telling)."""
+    from ..operators.sources.jsonl_source import JsonlSource
+
+    sources = [operator for operator in flow.operators.values() if isinstance(operator, JsonlSource)]
+    counters = flow.ledger.counters()
+    skipped = sum(source.skipped_lines for source in sources)
+    read_bytes, size_bytes = sum(s.read_bytes for s in sources), sum(s.size_bytes for s in sources)
+    finished = counters["accepted"] - counters["in_flight"] + skipped
+    return finished, (counters["accepted"] + skipped) * size_bytes / read_bytes if read_bytes else None
 
 
 class _Plain:
@@ -106,15 +116,15 @@ class _Live:
             yield
 
     async def follow(self, flow: Flow) -> None:
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+        columns = (TimeElapsedColumn(), BarColumn(bar_width=12), TextColumn("{task.description}"))
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("starting", total=None)
             while True:
-                progress.update(task, description=_describe(flow))
+                finished, total = _share(flow)
+                progress.update(task, description=_describe(flow), completed=finished, total=total)
                 await anyio.sleep(_LIVE_INTERVAL_S)
 
     def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
