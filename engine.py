@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import anyio
 
 from .config import SageLLMConfig
-from .errors import EngineClosedError, RequestError
+from .errors import EngineClosedError, NotAvailableError, RequestError
 from .records import Choice, Completion, DeadLetter, FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
 from .runtime.calls import CallDesk, FutureCaller
 from .runtime.flow.mailbox import Mailbox
@@ -143,7 +143,17 @@ class SageLLMEngine:
     """
 
     def __init__(self, config: SageLLMConfig | None = None) -> None:
+        """Note the configuration; `initialize` loads the model.
+
+        Raises:
+            NotAvailableError: the configuration sets gates, which only `sagellm run` checks.
+        """
         self.config = config or SageLLMConfig()
+        if self.config.benchmark.enable_gates:
+            raise NotAvailableError(
+                "benchmark.enable_gates is not available in SageLLMEngine; leave it out and compare the outputs' "
+                "metrics, or write the pipeline as YAML and use `sagellm run`"
+            )
         self._thread: threading.Thread | None = None
         self._services: EngineServices | None = None
         self._flow: Flow | None = None

@@ -21,7 +21,7 @@ from .substitution import resolve_references
 from .wiring import read_edges
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .operator_spec import OperatorSpec
 
@@ -94,6 +94,8 @@ def _build(
     wiring = read_edges(data.get("edges"), specs, on_error, problems)
     known = {node: spec for node, spec in specs.items() if spec is not None}
     edges = check_graph(Draft(known, configs, on_error, wiring, len(known) == len(specs)), base_dir, problems)
+    if engine is not None and len(known) == len(specs):
+        _check_measured(engine, known.values(), problems)
     if len(problems) or engine is None:
         raise problems.error()
     return Pipeline(
@@ -106,6 +108,17 @@ def _build(
         max_error_ratio=None if ratio is None else float(ratio),
         resolved=data,
     )
+
+
+def _check_measured(engine: SageLLMConfig, specs: Iterable[OperatorSpec], problems: Problems) -> None:
+    """What `benchmark` asks for is what the stages do."""
+    benchmark, measured = engine.benchmark, any("measured" in spec.provides for spec in specs)
+    if benchmark.enable_gates and not measured:
+        text = "enable_gates needs the figures of a 'metrics' stage; add `metrics:` behind detokenize"
+        problems.add(("engine", "benchmark", "enable_gates"), text)
+    if measured and not benchmark.enable_metrics:
+        text = "enable_metrics is false, but there is a 'metrics' stage; leave one of them out"
+        problems.add(("engine", "benchmark", "enable_metrics"), text)
 
 
 def _override(text: str, document: Document, problems: Problems) -> None:

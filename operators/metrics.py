@@ -96,6 +96,7 @@ class Metrics(Operator[MetricsConfig]):
     config_model = MetricsConfig
     inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DELTA, RecordKind.DEAD_LETTER})),)
     outputs = (Port("out", same_as="in"),)
+    provides = frozenset({"measured"})
     guarantee = "one record out for each record in, unchanged and in order"
     writes = "path"
     example = """\

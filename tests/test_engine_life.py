@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import pytest
 
 from sageLLM import GenerateRequest, ModelConfig, SageLLMConfig, SageLLMEngine
+from sageLLM.errors import NotAvailableError
 from sageLLM.runtime.services import EngineServices
 
 LIMIT_S = 30
@@ -93,6 +94,11 @@ def test_an_interrupt_while_the_model_loads_leaves_nothing_running(slow_engine, 
     assert ended(in_background(start))
     assert raised
     assert not [thread for thread in threading.enumerate() if thread.name == "sagellm-engine"]
+
+
+def test_gates_that_nobody_would_check_are_refused():
+    with pytest.raises(NotAvailableError, match="benchmark.enable_gates"):
+        SageLLMEngine(SageLLMConfig(benchmark={"enable_gates": True, "max_ttft_ms": 1}))
 
 
 def test_after_shutdown_no_thread_and_no_memory_is_left():

@@ -54,6 +54,7 @@ def fake_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     declare("write", (port("in", COMPLETION, DEAD),), (), config_model=PathConfig, writes="path")
     declare("filter", (port("in"),), (port("out", same_as="in"), port("rejected", same_as="in", optional=True)))
     declare("look", (port("in", SEQUENCE),), (port("out", SEQUENCE),), precedes=frozenset({"prefilled"}))
+    declare("measure", (port("in"),), (port("out", same_as="in"),), provides=frozenset({"measured"}))
     declare("tee", (port("in"),), (port("left", same_as="in"), port("right", same_as="in")))
     declare("merge", (port("left"), port("right")), (port("out", same_as="left"),))
 

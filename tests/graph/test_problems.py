@@ -78,6 +78,7 @@ CASES = {
     "late stage": (("edges:\n  - read -> tokenize -> prefill ->", "  look:\nedges:\n  - read -> tokenize -> prefill -> look ->"), r"p.yaml:18:3: 'look' comes too late: its records are 'prefilled' already, by 'prefill'; put it upstream of 'prefill'"),
     "second single stage": (("edges:\n  - read -> tokenize ->", "  more: {type: prefill}\nedges:\n  - read -> tokenize -> more ->"), r"p.yaml:18:3: 'more' is a second 'prefill' beside 'prefill'; a pipeline has one worker"),
     "copied sequences": (("edges:", "  look:\nedges:\n  - tokenize -> look -> prefill"), r"p.yaml:21:25: tokenize.out gives sequences, which cannot be copied, and goes to 'look' already; leave one edge"),
+    "gates without figures": (("vars:", "engine: {benchmark: {enable_gates: true}}\nvars:"), r"p.yaml:2:36: enable_gates needs the figures of a 'metrics' stage; add `metrics:`"),
     "two writers": (("path: dead.jsonl", "path: ./x/../answers.jsonl"), r"p.yaml:17:11: 'dead' writes './x/../answers.jsonl', which 'write' writes too"),
     "input is an output": (("path: dead.jsonl", "path: ./questions.jsonl"), r"p.yaml:17:11: 'dead' writes 'questions.jsonl', which 'read' reads; name another file"),
     "kinds that fit in part": (("edges:\n  - read -> tokenize -> prefill -> decode ->", "  more: {type: prefill}\nedges:\n  - read -> tokenize -> prefill -> decode -> more ->"), r"p.yaml:20:46: decode.out gives sequence or delta, but more.in takes sequence; let more.in take delta too"),
@@ -184,6 +185,15 @@ def test_a_stage_must_stand_on_every_path(problems: Any) -> None:
     )
     assert len(found) == 1
     assert "'decode' needs records that are 'prefilled', but those from 'tee' are not" in found[0]
+
+
+def test_metrics_are_on_or_off_not_both(problems: Any) -> None:
+    (found,) = problems(
+        ("vars:", "engine: {benchmark: {enable_metrics: false}}\nvars:"),
+        ("edges:", "  measure:\nedges:"),
+        ("detokenize -> write", "detokenize -> measure -> write"),
+    )
+    assert found == "p.yaml:2:38: enable_metrics is false, but there is a 'metrics' stage; leave one of them out"
 
 
 def test_a_failing_plugin_is_a_problem(problems: Any, monkeypatch: pytest.MonkeyPatch) -> None:
