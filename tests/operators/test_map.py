@@ -73,9 +73,7 @@ def test_a_result_of_another_kind_is_a_dead_letter(through):
 
 
 def test_a_function_that_is_not_registered(through):
-    with pytest.raises(
-        ConfigError, match=r"no function 'test_map.shut' .* did you mean 'test_map.shout'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"no function 'test_map.shut' .* did you mean 'test_map.shout'\?"):
         through(Map, {"function": "test_map.shut"}, [])
 
 
