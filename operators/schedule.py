@@ -70,6 +70,8 @@ class Schedule(Operator[ScheduleConfig]):
             refused = []
             for sequence in records:
                 try:
+                    if sequence.request.priority:
+                        raise RequestError("priority is not available yet: leave it out, requests run as they come")
                     check_sampling(sequence.sampling, vocab_size)
                     self._leases.check_fits(sequence)
                     self._waiting.offer(sequence)

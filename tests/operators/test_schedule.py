@@ -188,3 +188,19 @@ def test_it_ends_when_its_inputs_have_ended_and_nobody_waits(on_loop, null_engin
 
     on_loop(main)
     engine.check_nothing_leaks()
+
+
+def test_a_priority_is_refused_as_long_as_nothing_heeds_it(on_loop, null_engine):
+    engine = null_engine()
+    urgent, plain = engine.sequence([1]), engine.sequence([2])
+    urgent.request.priority = 3
+
+    async def main():
+        async with engine.stage(Schedule) as schedule:
+            assert await schedule.put(urgent, plain) == [plain]
+            (letter,) = schedule.outlet.letters
+            assert "priority is not available yet" in letter.error
+            engine.services.release([plain.request])
+
+    on_loop(main)
+    engine.check_nothing_leaks()
