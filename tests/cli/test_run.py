@@ -101,7 +101,9 @@ def test_quiet_says_nothing(shell):
     assert len(shell.results()) == 3
 
 
-def test_on_a_terminal_progress_moves(shell):
+def test_on_a_terminal_progress_moves(shell, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # on a dumb terminal nothing moves
+    monkeypatch.delenv("CI", raising=False)
     shell.write(200, tokens=200)
     ours, theirs = pty.openpty()
     with shell.start("answers.yaml", stderr=theirs) as process:
