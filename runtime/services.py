@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ..errors import EngineClosedError
 from ..kv_runtime.cache import KVCache
 from .calls import CallDesk
 from .flow.groups import lone_error_unwrapped
@@ -166,8 +167,9 @@ class EngineServices:
         """End requests wherever they are; from any thread."""
         for request in requests:
             request.cancelled = True
-        if "worker" in self.__dict__ and self.worker.failure is None:
-            self.worker.cancel(requests)
+        if "worker" in self.__dict__:
+            with suppress(EngineClosedError):  # a failed worker has ended them already
+                self.worker.cancel(requests)
             self.worker.on_leases_returned()
 
     def release(self, requests: list[Request]) -> None:

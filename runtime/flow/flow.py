@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from ...graph.pipeline import Edge
+    from ...records import Request
     from .ledger import Ledger
     from .operator import Operator
 
@@ -51,8 +52,9 @@ class Flow:
         edges: Sequence[Edge],
         ledger: Ledger,
         max_error_ratio: float | None = None,
+        cancel: Callable[[list[Request]], None] | None = None,
     ) -> None:
-        """Make the operators and connect them.
+        """Make the operators and connect them; `cancel` ends requests wherever they are.
 
         Raises:
             ConfigError: an edge names an operator that is not there or takes no input, the edges form a cycle, or
@@ -60,6 +62,7 @@ class Flow:
         """
         self.ledger = ledger
         self._max_error_ratio = max_error_ratio
+        self._cancel = cancel or _mark_cancelled
         self._order = _topological(factories, edges)
         self._supervisors = self._connect(factories, edges)
         self._scope: anyio.CancelScope | None = None
@@ -87,7 +90,7 @@ class Flow:
                 )
         supervisors = {}
         for name, make in factories.items():
-            supervisor = Supervisor(name, make, inlets[name], outlets[name], self.ledger, self._fail)
+            supervisor = Supervisor(name, make, inlets[name], outlets[name], self.ledger, self._fail, self._cancel)
             if supervisor.is_source and any(edge.target == name for edge in edges):
                 raise ConfigError(f"{name!r} is a source and takes no input: remove the edge that leads to it")
             supervisors[name] = supervisor
@@ -196,6 +199,11 @@ class Flow:
         return ErrorRatioExceededError(
             f"{ratio:.1%} of {self.ledger.accepted} records failed, more than max_error_ratio {limit:.1%}"
         )
+
+
+def _mark_cancelled(requests: list[Request]) -> None:
+    for request in requests:
+        request.cancelled = True
 
 
 def _topological(operators: Collection[str], edges: Sequence[Edge]) -> list[str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskStatus
 
+    from ...records import Request
     from .channel import Channel
     from .ledger import Ledger
     from .operator import Operator
@@ -42,6 +43,7 @@ class Supervisor:
         channels: dict[str, list[Channel]],
         ledger: Ledger,
         fail: Callable[[SageLLMError], None],
+        cancel: Callable[[list[Request]], None],
     ) -> None:
         self.name = name
         self._make = make
@@ -55,6 +57,7 @@ class Supervisor:
         self._channels = channels
         self._ledger = ledger
         self._fail = fail
+        self._cancel = cancel
         self._custody = Custody()
         self._inlet = Inlet(inlet, self._custody, self.stats, ledger, self.is_sink)
         self._outlet = PortOutlet(name, operator, channels, self._custody, self.stats, ledger, fail)
@@ -156,10 +159,9 @@ class Supervisor:
 
     async def _reject_held(self, error: BaseException) -> None:
         text = f"operator {self.name!r} failed: {_describe(error)}"
-        if not self.is_sink:
-            for record in self._inlet.last:
-                if type(record) is TokenDelta:  # it may not have been passed on: a stream with a hole must not go on
-                    record.sequence.request.cancelled = True
+        if not self.is_sink:  # deltas may not have been passed on: a stream with a hole must not go on
+            deltas = [record for record in self._inlet.last if type(record) is TokenDelta]
+            self._cancel([delta.sequence.request for delta in deltas])
         letters, seen = [], set()
         for record in self._custody.take_all():
             request = request_of(record)

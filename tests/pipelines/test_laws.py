@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sageLLM.errors import FlowError, OperatorFailedError
+from sageLLM.records import Request, SamplingParams
 
 FAULTS = ("raise", "raise after", "drop", "reject", "cancel", "delay")
 WHERE = ("tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize")
@@ -147,3 +148,17 @@ def test_an_operator_that_fails_for_ever_ends_everything(make_run, make_requests
     assert isinstance(run.error, OperatorFailedError)
     assert "'after_prefill' failed 3 times" in str(run.error)
     assert run.counts == {"accepted": 25, "error": 25}
+
+
+@pytest.mark.parametrize("where", ["decode", "detokenize"])
+def test_a_stream_that_lost_tokens_is_not_computed_to_its_end(make_run, where):
+    sampling = SamplingParams(max_new_tokens=5000, temperature=0)
+    request = Request("r0", prompt_tokens=[5, 6, 7], sampling=sampling, stream=True)
+    run = make_run([request], faults={where: {"raise": 0}})
+    faults = iter(["raise"])
+    run.next_fault = lambda node: next(faults, None)
+    run()
+    assert run.counts == {"accepted": 1, "cancelled": 1}
+    (choice,) = run.completions["r0"].choices
+    assert choice.finish_reason == "cancelled"
+    assert len(choice.output_tokens) < 100
