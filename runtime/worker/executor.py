@@ -37,7 +37,11 @@ class Executor(Protocol):
         ...
 
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Queue the step on the device and return without waiting for it, where the device allows."""
+        """Queue the step on the device and return without waiting for it, where the device allows.
+
+        Where it raises, or the step's `result` does, the plan's rows are lost. Copies, and slots admitted, are not:
+        other rows rely on them.
+        """
         ...
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +45,7 @@ class TorchExecutor:
     """Owns the KV tensor [N, L, 2, K, P, D], the newest token of every slot [S], and the sampling state.
 
     `launch` hands the step to the device thread and returns; sampled tokens stay on the device as the next inputs.
+    Rows outside a step that fails lose nothing by it: their copies and admissions come before the next one.
     """
 
     def __init__(self, model: DecoderModel, backend: Backend, num_blocks: int, block_size: int, num_slots: int) -> None:
@@ -52,37 +55,42 @@ class TorchExecutor:
         self._kv = backend.allocate_kv(model.kv_shape(num_blocks, block_size), model.kv_dtype)
         self._sampling = SamplingState(num_slots, model.vocab_size, backend.device)
         self._newest = torch.zeros(num_slots, dtype=torch.int64, device=backend.device)
-        self._before: list[Callable[[], None]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-device")
-        self._admitted: dict[int, tuple[Sequence, int]] = {}
+        self._rows: dict[int, tuple[Sequence, int]] = {}
+        self._changed: dict[int, Callable[[], None] | None] = {}  # slots since the last launch: how to admit them
+        self._copies: list[list[tuple[int, int]]] = []  # of the plans that no launch has taken
+        self._to_admit: dict[int, Callable[[], None]] = {}  # on the device thread: slots that have not been sampled
+        self._to_copy: deque[list[tuple[int, int]]] = deque()  # on the device thread
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
-        self._admitted[slot] = (sequence, choice)
-        self._admit_later(slot, ())
+        self._rows[slot] = (sequence, choice)
+        self._change(slot, ())
 
     def readmit(self, slot: int, outputs: NDArray[np.int32]) -> None:
-        self._before.append(lambda: self._sampling.release(slot))
-        self._admit_later(slot, tuple(outputs.tolist()))
+        self._change(slot, tuple(outputs.tolist()))
 
-    def _admit_later(self, slot: int, outputs: tuple[int, ...]) -> None:
-        sequence, choice = self._admitted[slot]
-        self._before.append(
-            lambda: self._sampling.admit(
-                slot,
-                sequence.sampling,
-                sequence.prompt_tokens,
-                sequence.eos_token_ids,
-                output_tokens=outputs,
-                choice=choice,
-            )
+    def _change(self, slot: int, outputs: tuple[int, ...]) -> None:
+        sequence, choice = self._rows[slot]
+        self._changed[slot] = partial(
+            self._sampling.admit,
+            slot,
+            sequence.sampling,
+            sequence.prompt_tokens,
+            sequence.eos_token_ids,
+            output_tokens=outputs,
+            choice=choice,
         )
 
     def release(self, slot: int) -> None:
-        self._before.append(lambda: self._sampling.release(slot))
+        self._rows.pop(slot, None)
+        self._changed[slot] = None
 
     def launch(self, plan: StepPlan) -> _DeviceStep:
-        before, self._before = self._before, []
-        return _DeviceStep(self._thread.submit(self._run, plan, before))
+        if plan.copies:
+            self._copies.append(plan.copies)
+        step = _DeviceStep(self._thread.submit(self._run, plan, self._changed, self._copies))
+        self._changed, self._copies = {}, []
+        return step
 
     def close(self) -> None:
         """Wait for what was launched and end the device thread."""
@@ -91,12 +99,12 @@ class TorchExecutor:
     # -- on the device thread ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _run(self, plan: StepPlan, before: list[Callable[[], None]]) -> Callable[[], StepResult]:
-        for change in before:
-            change()
-        if plan.copies:
-            sources, targets = zip(*plan.copies, strict=True)
-            self._backend.copy_blocks(self._kv, list(sources), list(targets))
+    def _run(
+        self, plan: StepPlan, changed: dict[int, Callable[[], None] | None], copies: list[list[tuple[int, int]]]
+    ) -> Callable[[], StepResult]:
+        self._note(changed, copies)
+        self._copy_blocks()
+        self._admit_rows(plan)
         device = self._backend.device
         layout = self._lay_out(plan)
         input_ids = self._input_ids(plan)
@@ -110,6 +118,29 @@ class TorchExecutor:
         sampled = self._sampling.sample(logits, plan.sample_slots, plan.sample_steps)
         self._newest[torch.from_numpy(plan.sample_slots).to(device)] = sampled.tokens
         return lambda: _read(sampled, told)
+
+    def _note(self, changed: dict[int, Callable[[], None] | None], copies: list[list[tuple[int, int]]]) -> None:
+        self._to_copy += copies
+        for slot, admit in changed.items():
+            if admit is None:
+                self._to_admit.pop(slot, None)
+                self._sampling.release(slot)
+            else:
+                self._to_admit[slot] = admit
+
+    def _copy_blocks(self) -> None:
+        """What fails is copied before the next step: nothing has written to the sources until then."""
+        while self._to_copy:
+            sources, targets = zip(*self._to_copy[0], strict=True)
+            self._backend.copy_blocks(self._kv, list(sources), list(targets))
+            self._to_copy.popleft()
+
+    def _admit_rows(self, plan: StepPlan) -> None:
+        """Only those that the step samples: one that cannot be admitted fails no step without it."""
+        if self._to_admit:
+            for slot in self._to_admit.keys() & plan.sample_slots.tolist():
+                self._to_admit[slot]()
+                del self._to_admit[slot]
 
     def _input_ids(self, plan: StepPlan) -> Tensor:
         device = self._backend.device
