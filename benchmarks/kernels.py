@@ -2,13 +2,10 @@
 
 The floor of an operation is the larger of its bytes over the read bandwidth and its operations over the rate of a
 large square product. Weights are cycled through more memory than the caches hold, as a forward pass does.
-
-    python -m sageLLM.benchmarks.kernels --threads 2
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import time
@@ -16,16 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ..backends import StepLayout, detect_backend
-from ..config import BackendConfig, BackendType, DType
+from ..config import DType
+from .measurement import format_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from ..backends import Backend, Linear
+    from ..config import BackendConfig
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, BLOCK = 896, 4864, 14, 2, 64, 151936, 24, 16
 WEIGHTS = {
@@ -44,16 +41,16 @@ STEPS = {  # (context, query length) of each sequence
     "4 chunks 32 after 1024": [(1056, 32)] * 4,
 }
 COLD_BYTES = 96 << 20
-SECONDS_PER_TIMING = 0.3
 
 
 class Bench:
-    """Measures one backend and collects the table."""
+    """Measures one backend and collects the lines of the table; `seconds` is how long each operation is repeated."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, seconds: float) -> None:
         self.backend = backend
+        self.seconds = seconds
         self.dtype = backend.compute_dtype(DType.AUTO, torch.bfloat16)
-        self.table = Table("operation", "rows", "ms", "floor ms", "of the floor", title=f"{backend.name}, {self.dtype}")
+        self.lines: list[list[str]] = []
         data = self.tensor(64 << 20).float()
         target = torch.empty_like(data)
         self.read_rate = data.nbytes / self.time(data.sum)
@@ -71,7 +68,7 @@ class Bench:
         self.backend.synchronize()
         times: list[float] = []
         begun = time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - begun < SECONDS_PER_TIMING:
+        while len(times) < 5 or time.perf_counter() - begun < self.seconds:
             start = time.perf_counter()
             call()
             self.backend.synchronize()
@@ -81,10 +78,22 @@ class Bench:
     def add(self, name: str, rows: int, seconds: float, num_bytes: float, operations: float) -> None:
         """One line of the table; no bytes and no operations: work that has no floor."""
         floor = max(num_bytes / self.read_rate, operations / self.product_rate)
-        columns = (f"{floor * 1e3:.3f}", f"{floor / seconds:.0%}") if floor else ()
-        self.table.add_row(name, str(rows), f"{seconds * 1e3:.3f}", *columns)
+        columns = [f"{floor * 1e3:.3f}", f"{floor / seconds:.0%}"] if floor else ["", ""]
+        self.lines.append([name, str(rows), f"{seconds * 1e3:.3f}", *columns])
 
-    def linears(self) -> None:
+    def report(self) -> str:
+        """The table, and the rates that its floors come from."""
+        return "\n".join(
+            (
+                f"{self.backend.name}, {self.dtype}",
+                format_table(["operation", "rows", "ms", "floor ms", "of the floor"], self.lines),
+                f"read {self.read_rate / 1e9:.1f} GB/s, copy {self.copy_rate / 1e9:.1f} GB/s (read + write), "
+                f"product {self.product_rate / 1e9:.0f} GFLOP/s, torch {torch.__version__}, "
+                f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            )
+        )
+
+    def linear(self) -> None:
         """Every product of a layer, and the head, with bfloat16 weights."""
 
         def call_next(turn: Iterator[Linear], x: torch.Tensor) -> torch.Tensor:
@@ -138,6 +147,9 @@ class Bench:
                 self.add(name, rows, self.time(call), elements * size, 0)
 
 
+OPERATIONS = {"linear": Bench.linear, "attention": Bench.attention, "elementwise": Bench.elementwise}
+
+
 def lay_out(sequences: list[tuple[int, int]], num_blocks: int) -> StepLayout:
     """A step of (context, query length) sequences on scattered blocks; those of one token come first."""
     ids = iter(torch.randperm(num_blocks).tolist())
@@ -160,25 +172,14 @@ def lay_out(sequences: list[tuple[int, int]], num_blocks: int) -> StepLayout:
 
 
 @torch.inference_mode()
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 is every core")
-    parser.add_argument("--backend", choices=[kind.value for kind in BackendType], help="default: what is there")
-    options = parser.parse_args()
-    wanted = None if options.backend is None else BackendType(options.backend)
-    bench = Bench(detect_backend(BackendConfig(backend_type=wanted, threads=options.threads)))
-    bench.linears()
-    bench.attention()
-    bench.elementwise()
-    console = Console(width=100)
-    console.print(bench.table)
-    console.print(
-        f"read {bench.read_rate / 1e9:.1f} GB/s, copy {bench.copy_rate / 1e9:.1f} GB/s (read + write), "
-        f"product {bench.product_rate / 1e9:.0f} GFLOP/s, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
+def measure_kernels(config: BackendConfig, operations: Collection[str], seconds: float) -> str:
+    """Time those of OPERATIONS on the configured device; returns what to print.
 
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        ConfigError: there is no such device.
+    """
+    bench = Bench(detect_backend(config), seconds)
+    for name, measure in OPERATIONS.items():
+        if name in operations:
+            measure(bench)
+    return bench.report()

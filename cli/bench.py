@@ -47,8 +47,18 @@ def compare_command(peer: str, workloads: tuple[str, ...], dtype: str, threads: 
 
 
 @command.command("kernels")
-def kernels() -> None:
-    """Linear layers and attention of this device against its floor."""
-    from ..benchmarks.kernels import main
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0 is every core.")
+@click.option("--backend", type=click.Choice(["cpu", "cuda"]), help="The device. Default: CUDA where there is one.")
+@click.option("--operation", "operations", multiple=True, help="One of the operations; repeatable. Default: all.")
+@click.option("--seconds", default=0.3, show_default=True, type=click.FloatRange(0), help="For each timing.")
+def kernels(threads: int, backend: str | None, operations: tuple[str, ...], seconds: float) -> None:
+    """Linear layers, attention and what lies between, of this device, against its floor."""
+    from ..benchmarks.kernels import OPERATIONS, measure_kernels
+    from ..config import BackendConfig, BackendType
 
-    main()
+    unknown = [name for name in operations if name not in OPERATIONS]
+    if unknown:
+        known = ", ".join(OPERATIONS)
+        raise click.BadParameter(f"no operation {unknown[0]!r}; there is: {known}", param_hint="--operation")
+    config = BackendConfig(backend_type=None if backend is None else BackendType(backend), threads=threads)
+    click.echo(measure_kernels(config, operations or OPERATIONS, seconds))

@@ -65,9 +65,24 @@ def test_compare_prints_ratios_to_the_peer(monkeypatch):
     assert "llama.cpp" in result.stdout  # what others are known to reach
 
 
+def test_kernels_prints_the_chosen_operations_and_the_rates_behind_their_floors():
+    options = ["--threads", "1", "--backend", "cpu", "--operation", "elementwise", "--seconds", "0"]
+    result = bench("kernels", *options)
+    assert result.exit_code == 0, result.output
+    title, header, _, *rows, rates = result.stdout.splitlines()
+    assert title.startswith("cpu, torch.")
+    assert header.split() == ["operation", "rows", "ms", "floor", "ms", "of", "the", "floor"]
+    for operation in ("add_rms_norm", "apply_rope"):
+        assert [row.split()[1] for row in rows if row.startswith(operation)] == ["1", "16", "512"]
+    assert all(float(row.split()[2]) > 0 and row.endswith("%") for row in rows)
+    assert rates.startswith("read ") and "1 threads" in rates
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
+        (["kernels", "--operation", "atention"], 2, "no operation 'atention'; there is: linear, attention"),
+        (["kernels", "--backend", "gpu"], 2, "'cpu', 'cuda'"),
         (["compare", "--workload", "cpu-tripple"], 2, "cpu-single, cpu-batch, cpu-prefix, overhead"),
         (["compare", "--peer", "nobody"], 78, "no peer 'nobody'; there is: transformers"),
         (["overhead", "--requests", "0"], 2, "--requests"),
