@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -12,15 +14,21 @@ from .common import pipeline_arguments, read_pipeline
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import anyio
+
     from ..graph import Pipeline
+    from ..runtime.flow.flow import Flow
+    from ..runtime.services import EngineServices
     from .progress import Reporter
+
+_SIGNAL_INTERVAL_S = 0.05
 
 
 @click.command("run")
 @pipeline_arguments
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary; errors are still told.")
 def command(path: Path, overrides: tuple[str, ...], allow_modules: tuple[str, ...], quiet: bool) -> None:
-    """Run PIPELINE. SIGTERM or Ctrl-C finishes what is in flight; a second one stops at once.
+    """Run PIPELINE. SIGTERM or Ctrl-C finishes what is in flight; a second one, or one during loading, stops at once.
 
     Exit codes: 0 done, 1 the run failed (an operator, too many bad records, a gate), 78 the pipeline is wrong.
     """
@@ -29,7 +37,9 @@ def command(path: Path, overrides: tuple[str, ...], allow_modules: tuple[str, ..
 
     from .progress import make_reporter
 
-    anyio.run(_run, pipeline, make_reporter(quiet))
+    if not anyio.run(_run, pipeline, make_reporter(quiet)):
+        sys.stderr.flush()
+        os._exit(0)  # Python would wait for the thread that loads the model
 
 
 def _check_inputs(pipeline: Pipeline) -> None:
@@ -45,7 +55,8 @@ def _check_inputs(pipeline: Pipeline) -> None:
             raise ConfigError(f"{written}: no such file, but {node.name!r} reads it (looked for {where})")
 
 
-async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
+async def _run(pipeline: Pipeline, reporter: Reporter) -> bool:
+    """Run to the end, or to that of what is in flight; False when a signal came while the model was loading."""
     import anyio
 
     from ..benchmarks.gates import check_gates
@@ -61,16 +72,17 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     services = EngineServices(pipeline.engine)
     flow = assemble(pipeline, services)
     needed = services.is_needed_by(pipeline)
-    if needed:
-        with reporter.loading(pipeline):
-            await anyio.to_thread.run_sync(services.load)
-    collect_rarely()
     with lone_error_unwrapped():
-        async with services.running(needed), anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as tasks:
             tasks.start_soon(drain_on_signals, flow)
-            tasks.start_soon(reporter.follow, flow)
             try:
-                report = await flow.run()
+                if needed and not await _load(pipeline, services, flow, reporter):
+                    reporter.summarize(flow.report(), [], 0)
+                    return False
+                collect_rarely()
+                async with services.running(needed):
+                    tasks.start_soon(reporter.follow, flow)
+                    report = await flow.run()
             finally:
                 tasks.cancel_scope.cancel()
     summaries = [operator.summary() for operator in flow.operators.values() if isinstance(operator, Metrics)]
@@ -78,3 +90,29 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> None:
     reporter.summarize(report, summaries, sum(source.skipped_lines for source in sources))
     if summaries:
         check_gates(pipeline.engine.benchmark, summaries[0])
+    return True
+
+
+async def _load(pipeline: Pipeline, services: EngineServices, flow: Flow, reporter: Reporter) -> bool:
+    """Load the model; False, while it still loads, when the flow is drained: it has read nothing that it must finish.
+
+    Raises:
+        ModelError: the model cannot be found, read or built.
+        ConfigError: the device or the KV pool cannot be had.
+    """
+    import anyio
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(_cancel_when_drained, tasks.cancel_scope, flow)
+        with reporter.loading(pipeline):
+            await anyio.to_thread.run_sync(services.load, abandon_on_cancel=True)
+        tasks.cancel_scope.cancel()
+    return flow.report().drained is None
+
+
+async def _cancel_when_drained(scope: anyio.CancelScope, flow: Flow) -> None:
+    import anyio
+
+    while flow.report().drained is None:  # noqa: ASYNC110 - a flow has no event for it
+        await anyio.sleep(_SIGNAL_INTERVAL_S)
+    scope.cancel()

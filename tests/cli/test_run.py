@@ -210,6 +210,31 @@ def test_a_signal_finishes_what_is_in_flight_and_the_next_run_goes_on(shell, nam
     assert sorted(result["src"]["line"] for result in shell.results()) == list(range(1, 1201))
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_model_loads_ends_the_run_at_once(shell, name):
+    shell.write(3)
+    config = shell.folder / "model" / "config.json"
+    config.parent.mkdir()
+    os.mkfifo(config)  # loading waits for somebody to write it
+    with shell.start("answers.yaml", f"--set=engine.model.model_id={config.parent}") as process:
+        while process.poll() is None:
+            try:
+                writer = os.open(config, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # nobody reads it yet
+                time.sleep(0.005)
+                continue
+            break
+        process.send_signal(getattr(signal, name))
+        try:
+            _, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            os.close(writer)
+    assert process.returncode == 0
+    assert stderr.splitlines() == [f"answers: loading {config.parent}", f"stopped early: {name}"]
+    assert not (shell.folder / "out.jsonl").exists()
+
+
 def test_a_second_signal_stops_at_once_and_nothing_is_lost(shell):
     shell.write(200, tokens=4)
     long = json.dumps({"prompt": "hi", "max_new_tokens": 32000, "ignore_eos": True}) + "\n"
