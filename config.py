@@ -80,8 +80,9 @@ def _refuse(asked: bool, option: str, instead: str) -> None:
 class ModelConfig(Config):
     """Which model, and its dimensions where no checkpoint gives them.
 
-    `model_id` is a Hugging Face folder, a hub id, `builtin:pydoc-tiny` or `builtin:null`. The five dimensions are
-    needed only for an id that resolves to nothing: they build seeded random weights.
+    `model_id` is a Hugging Face folder, a hub id (then `revision` may say which), `builtin:pydoc-tiny` or
+    `builtin:null`. The five dimensions are needed only for an id that resolves to nothing: they build random weights,
+    as `load_format: dummy` does for a checkpoint's dimensions; `seed` is that of random weights.
     """
 
     model_id: str = "builtin:pydoc-tiny"
@@ -173,7 +174,10 @@ class SchedulerConfig(Config):
 
 
 class BackendConfig(Config):
-    """The device. `backend_type` None detects one: CUDA where there is one, else CPU. `threads` 0 is every core."""
+    """The device. `backend_type` None detects one: CUDA where there is one, else CPU.
+
+    `device_ids` says which CUDA device, `threads` how many of the CPU's threads; 0 is every core.
+    """
 
     backend_type: Backend = None
     device_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)

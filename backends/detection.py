@@ -21,7 +21,8 @@ def detect_backend(config: BackendConfig) -> Backend:
     physical core) within the control group's quota.
 
     Raises:
-        ConfigError: CUDA is asked for and torch sees none, or there is no device with that id.
+        ConfigError: CUDA is asked for and torch sees none, there is no device with that id, or threads are asked for
+            where the device is no CPU.
     """
     _shorten_spinning()
     import torch
@@ -40,8 +41,18 @@ def detect_backend(config: BackendConfig) -> Backend:
             )
         if index >= count:
             raise ConfigError(f"backend.device_ids: found {index}, but the CUDA devices are 0 to {count - 1}")
+        if config.threads:
+            raise ConfigError(
+                f"backend.threads: found {config.threads}, but they are the CPU's and the device is CUDA: "
+                "leave it out, or write `backend_type: cpu`"
+            )
         return CUDABackend(torch.device("cuda", index))
 
+    if config.device_ids != [0]:
+        raise ConfigError(
+            f"backend.device_ids: found {config.device_ids[0]}, but the device is the CPU, of which there is one: "
+            "leave it out, or write `backend_type: cuda`"
+        )
     from .cpu import CPUBackend
 
     default = torch.get_num_threads()

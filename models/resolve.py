@@ -68,7 +68,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     Raises:
         ModelNotFoundError: the id is none of these and the dimensions are not all given.
         CheckpointError: the folder lacks files, or they cannot be read.
-        ConfigError: a dimension that is given contradicts the checkpoint.
+        ConfigError: a dimension contradicts the checkpoint, or a field means nothing to a model of this kind.
         NotAvailableError: the architecture is one that this version cannot run.
     """
     if config.model_id == "builtin:null":
@@ -76,7 +76,7 @@ def resolve_model(config: ModelConfig) -> ResolvedModel:
     try:
         folder = _find_folder(config)
     except ModelNotFoundError as error:
-        if config.load_format == "safetensors" or _dimensions_missing(config):
+        if config.load_format == "safetensors" or config.revision is not None or _dimensions_missing(config):
             raise
         return _resolve_random(config, str(error))
     return _resolve_folder(config, folder)
@@ -132,6 +132,10 @@ def read_safetensors_header(path: Path) -> bytes:
 
 
 def _resolve_null(config: ModelConfig) -> ResolvedModel:
+    _refuse(config, "revision", None, "is built in")
+    _refuse(config, "load_format", "auto", "has no weights")
+    _refuse(config, "dtype", DType.AUTO, "has no weights")
+    _refuse(config, "seed", 0, "has no weights")
     architecture = DecoderConfig(
         family="null", num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, hidden_size=2, intermediate_size=2,
         vocab_size=NULL_VOCAB_SIZE, max_seq_len=NULL_MAX_SEQ_LEN, eos_token_ids=(NULL_EOS_TOKEN_ID,),
@@ -178,6 +182,7 @@ def _resolve_folder(config: ModelConfig, folder: Path) -> ResolvedModel:
     weights: Literal["safetensors", "dummy"] = "dummy"
     if config.load_format != "dummy":
         weights = "safetensors"
+        _refuse(config, "seed", 0, "has weights, and only random ones come from a seed (a request's `seed` is another)")
         files = list_weight_files(folder)
         if not files:
             raise CheckpointError(
@@ -206,9 +211,11 @@ def _find_folder(config: ModelConfig) -> Path:
         if model_id not in _BUILTIN_FOLDERS:
             known = ", ".join(sorted((*_BUILTIN_FOLDERS, "builtin:null")))
             raise ModelNotFoundError(f"{model_id}: no such built-in model; there are {known}")
+        _refuse(config, "revision", None, "is built in")
         return Path(__file__).parent / "builtin" / _BUILTIN_FOLDERS[model_id]
     folder = Path(model_id).expanduser()
     if folder.is_dir():
+        _refuse(config, "revision", None, "is a folder here")
         return folder
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise ModelNotFoundError(f"{model_id}: no such folder")
@@ -257,6 +264,13 @@ def _is_whole(folder: Path, without_weights: bool) -> bool:
         return without_weights or bool(list_weight_files(folder))
     except CheckpointError:
         return False
+
+
+def _refuse(config: ModelConfig, name: str, default: object, why: str) -> None:
+    """Refuse a field that was given although it means nothing to this model."""
+    value = getattr(config, name)
+    if value != default:
+        raise ConfigError(f"model.{name}: found {value}, but {config.model_id} {why}: leave it out")
 
 
 def _dimensions_missing(config: ModelConfig) -> bool:

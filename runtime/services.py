@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ..errors import EngineClosedError
+from ..config import BackendType
+from ..errors import ConfigError, EngineClosedError
 from ..kv_runtime.cache import KVCache
 from .calls import CallDesk
 from .flow.groups import lone_error_unwrapped
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from ..backends.base import Backend
-    from ..config import SageLLMConfig
+    from ..config import BackendConfig, SageLLMConfig
     from ..graph.pipeline import Pipeline
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
@@ -93,6 +94,7 @@ class EngineServices:
         if self.is_null:
             from .worker.executor import NullExecutor
 
+            _refuse_device(self.config.backend)
             return NullExecutor(slots)
         from ..models.weights import load_model
         from .worker.torch_executor import TorchExecutor
@@ -211,3 +213,8 @@ class EngineServices:
                 "preemptions": self.worker.preemptions,
             }
         return stats
+
+
+def _refuse_device(backend: BackendConfig) -> None:
+    if backend.backend_type is BackendType.CUDA or backend.device_ids != [0] or backend.threads:
+        raise ConfigError("backend: builtin:null runs on no device: leave backend_type, device_ids and threads out")

@@ -55,6 +55,18 @@ def test_a_device_id_that_is_not_there(monkeypatch) -> None:
         detect_backend(BackendConfig(backend_type="cuda", device_ids=[7]))
 
 
+def test_a_device_id_of_the_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="found 1, but the device is the CPU.*leave it out"):
+        detect_backend(BackendConfig(backend_type="cpu", device_ids=[1]))
+
+
+def test_threads_of_a_cuda_device_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="found 4, but they are the CPU's and the device is CUDA: leave it out"):
+        detect_backend(BackendConfig(threads=4))
+
+
 @pytest.mark.parametrize(
     ("given", "found"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
 )

@@ -127,6 +127,31 @@ def test_a_smaller_context_caps_the_checkpoints(folder):
     assert resolve(folder, max_seq_len=100, num_layers=3).max_seq_len == 100
 
 
+@pytest.mark.parametrize(
+    ("model_id", "given", "found"),
+    [
+        ("folder", {"revision": "v2"}, "model.revision: found v2, but {} is a folder here: leave it out"),
+        ("builtin:pydoc-tiny", {"revision": "v2"}, "model.revision: found v2, but {} is built in: leave it out"),
+        ("builtin:null", {"revision": "v2"}, "model.revision: found v2, but {} is built in: leave it out"),
+        ("builtin:null", {"load_format": "dummy"}, "model.load_format: found dummy, but {} has no weights"),
+        ("builtin:null", {"dtype": "float32"}, "model.dtype: found float32, but {} has no weights"),
+        ("builtin:null", {"seed": 3}, "model.seed: found 3, but {} has no weights"),
+        ("builtin:pydoc-tiny", {"seed": 3}, "model.seed: found 3, but {} has weights"),
+    ],
+)
+def test_what_means_nothing_to_the_model_is_refused(model_id, given, found, folder):
+    model_id = str(folder) if model_id == "folder" else model_id
+    with pytest.raises(ConfigError) as raised:
+        resolve(model_id, **given)
+    assert found.format(model_id) in str(raised.value)
+    assert str(raised.value).endswith("leave it out")
+
+
+def test_a_revision_that_is_not_there_never_gives_random_weights():
+    with pytest.raises(ModelNotFoundError):
+        resolve("my/experiment", revision="v2", **DIMENSIONS)
+
+
 def test_dummy_needs_only_config_json(folder):
     for path in folder.iterdir():
         if path.name != "config.json":
