@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
 from ...errors import EngineClosedError
+from ..flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -64,12 +66,9 @@ class TaskDriver:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._submitted = anyio.Event()
+        self._submitted: Mailbox[None] = Mailbox()
         self._scope = anyio.CancelScope()
-        worker.on_submitted = self._wake
-
-    def _wake(self) -> None:
-        self._submitted.set()
+        worker.on_submitted = partial(self._submitted.put, ())
 
     def start(self, tasks: TaskGroup) -> None:
         tasks.start_soon(self._loop)
@@ -82,8 +81,7 @@ class TaskDriver:
                         await anyio.lowlevel.checkpoint()
                         continue
                     with anyio.move_on_after(self._worker.idle_limit_s):
-                        await self._submitted.wait()
-                    self._submitted = anyio.Event()
+                        await self._submitted.get()
             except Exception as error:
                 log.exception("the worker's step loop failed")
                 self._worker.abandon(error)
