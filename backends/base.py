@@ -58,6 +58,10 @@ class Backend(Protocol):
         """Take a checkpoint's weight [out, in] and pack it; the caller drops its own reference."""
         ...
 
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+        """Like `linear` for [gate; up] [2I, in]: the product is silu(x * gate) * (x * up), [T, I]."""
+        ...
+
     def plan_attention(self, layout: StepLayout, kv: Tensor, num_heads: int) -> Any:
         """Whatever `attend` needs that is the same for every layer of the step: indices, masks, scratch."""
         ...
@@ -75,14 +79,10 @@ class Backend(Protocol):
         ...
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the pairs (i, i + D/2) of heads x [T, H, D]: x * cos + swap_halves(x) * sin.
+        """Rotate the pairs (i, i + D/2) of heads x [T, H, D]: x * cos + swap_halves(x) * sin. x is given up.
 
         cos, sin [T, 1, D]: cos repeated for both halves, sin negated in the first.
         """
-        ...
-
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """[T, 2I] -> silu(first half) * second half, [T, I]."""
         ...
 
     def synchronize(self) -> None:

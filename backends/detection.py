@@ -53,11 +53,11 @@ def detect_backend(config: BackendConfig) -> Backend:
             f"backend.device_ids: found {config.device_ids[0]}, but the device is the CPU, of which there is one: "
             "leave it out, or write `backend_type: cuda`"
         )
-    from .cpu import CPUBackend
+    from .cpu import make_cpu_backend
 
     default = torch.get_num_threads()
     torch.set_num_threads(config.threads or min(default, cpu_quota() or default))
-    return CPUBackend()
+    return make_cpu_backend()
 
 
 def _shorten_spinning() -> None:

@@ -13,6 +13,8 @@ from ..config import DType
 from .host import memory_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from .base import Linear, StepLayout
@@ -29,6 +31,17 @@ class PlainLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+class GatedLinear:
+    """The product with [gate; up], then silu(gate) * up."""
+
+    def __init__(self, gate_up: Linear, activate: Callable[[Tensor], Tensor]) -> None:
+        self._gate_up = gate_up
+        self._activate = activate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._activate(self._gate_up(x))
 
 
 @dataclass(slots=True)
@@ -62,6 +75,9 @@ class TorchBackend:
     def linear(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
         weight = weight.to(self.device, dtype)
         return PlainLinear(weight, None if bias is None else bias.to(self.device, dtype))
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+        return GatedLinear(self.linear(weight, bias, dtype), self.silu_and_mul)
 
     def plan_attention(self, layout: StepLayout, kv: Tensor, num_heads: int) -> Any:
         return PlainPlan(
@@ -104,6 +120,7 @@ class TorchBackend:
         return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """[T, 2I] -> silu(first half) * second half, [T, I]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 

@@ -28,7 +28,7 @@ HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB, LAYERS, BLOCK = 896, 4864, 14, 
 WEIGHTS = {
     "qkv": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
     "output": (HIDDEN, HEADS * HEAD_DIM),
-    "gate_up": (2 * INNER, HIDDEN),
+    "gate_up, silu": (2 * INNER, HIDDEN),
     "down": (HIDDEN, INNER),
     "lm_head": (VOCAB, HIDDEN),
 }
@@ -102,9 +102,9 @@ class Bench:
         for name, (width, depth) in WEIGHTS.items():
             num_bytes = 2 * width * depth
             copies = math.ceil(COLD_BYTES / num_bytes)
+            pack = self.backend.gated_linear if name == "gate_up, silu" else self.backend.linear
             packed = [
-                self.backend.linear(torch.randn(width, depth).mul_(0.02).bfloat16(), None, self.dtype)
-                for _ in range(copies)
+                pack(torch.randn(width, depth).mul_(0.02).bfloat16(), None, self.dtype) for _ in range(copies)
             ]
             self.backend.synchronize()
             for rows in (1, 4, 16, 256) if width < VOCAB else (1, 4, 16):
@@ -138,11 +138,9 @@ class Bench:
         for rows in (1, 16, 512):
             x, residual, weight = self.tensor(rows, HIDDEN), self.tensor(rows, HIDDEN), self.tensor(HIDDEN)
             heads, table = self.tensor(rows, HEADS + KV_HEADS, HEAD_DIM), self.tensor(rows, 1, HEAD_DIM)
-            gate_up = self.tensor(rows, 2 * INNER)
             for name, call, elements in (
                 ("add_rms_norm", partial(backend.add_rms_norm, x, residual, weight, 1e-6), 4 * x.numel()),
                 ("apply_rope", partial(backend.apply_rope, heads, table, table), 2 * heads.numel()),
-                ("silu_and_mul", partial(backend.silu_and_mul, gate_up), 1.5 * gate_up.numel()),
             ):
                 self.add(name, rows, self.time(call), elements * size, 0)
 

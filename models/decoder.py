@@ -28,7 +28,7 @@ class DecoderLayer:
     qk_norm: Tensor | None  # [H + K, D], for each head of q and k
     output: Linear  # H * D -> hidden
     mlp_norm: Tensor  # [hidden]
-    gate_up: Linear  # hidden -> 2 * intermediate
+    gated: Linear  # hidden -> intermediate: silu(gate) * up
     down: Linear  # intermediate -> hidden
     next_norm: Tensor  # [hidden], the next layer's input_norm; after the last layer the model's final norm
 
@@ -109,7 +109,7 @@ class DecoderModel:
             if index == last and logit_rows is not None:
                 attended, hidden = attended[logit_rows], hidden[logit_rows]
             x, hidden = backend.add_rms_norm(layer.output(attended), hidden, layer.mlp_norm, eps)
-            x = layer.down(backend.silu_and_mul(layer.gate_up(x)))
+            x = layer.down(layer.gated(x))
             x, hidden = backend.add_rms_norm(x, hidden, layer.next_norm, eps)
         logits: Tensor = self._lm_head(x)
         return logits.float()

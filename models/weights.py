@@ -17,12 +17,15 @@ from .decoder import DecoderLayer, DecoderModel
 from .resolve import list_weight_files, read_safetensors_header
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
 
     from ..backends.base import Backend, Linear
     from .architecture import DecoderConfig
     from .resolve import ResolvedModel
+
+    PackWeight = Callable[[Tensor, Tensor | None, torch.dtype], Linear]
 
 _DUMMY_STD = 0.02
 _DUMMY_CHUNK = 1 << 20  # elements drawn from one generator
@@ -203,8 +206,8 @@ def _assemble(
         q_norm, k_norm = vector(attention + "q_norm.weight"), vector(attention + "k_norm.weight")
         return torch.cat((q_norm.expand(config.num_heads, -1), k_norm.expand(config.num_kv_heads, -1)))
 
-    def linear(*names: str, bias: bool) -> Linear:
-        return backend.linear(
+    def linear(*names: str, bias: bool, pack: PackWeight = backend.linear) -> Linear:
+        return pack(
             _pack([name + ".weight" for name in names], source, stored),
             _pack([name + ".bias" for name in names], source, stored) if bias else None,
             dtype,
@@ -225,7 +228,7 @@ def _assemble(
                 qk_norm=head_norms(attention) if config.qk_norm else None,
                 output=linear(attention + "o_proj", bias=config.output_bias),
                 mlp_norm=vector(f"model.layers.{index}.post_attention_layernorm.weight"),
-                gate_up=linear(mlp + "gate_proj", mlp + "up_proj", bias=config.mlp_bias),
+                gated=linear(mlp + "gate_proj", mlp + "up_proj", bias=config.mlp_bias, pack=backend.gated_linear),
                 down=linear(mlp + "down_proj", bias=config.mlp_bias),
                 next_norm=input_norms[index + 1],
             )

@@ -11,6 +11,7 @@ from ..torch_ops import TorchBackend
 from .attention import AttentionPlan, attend, plan_attention
 from .capability import CPUCapability
 from .linear import LinearPacker
+from .memory import ask_huge_pages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +37,23 @@ class CPUBackend(TorchBackend):
     def __init__(self, capability: CPUCapability | None = None) -> None:
         super().__init__(torch.device("cpu"))
         self.capability = capability or CPUCapability.probe()
-        self._packer = LinearPacker(self.capability, torch.get_num_threads())
+        self.threads = torch.get_num_threads()
+        self._packer = LinearPacker(self.capability, self.threads)
 
     def compute_dtype(self, dtype: DType, checkpoint: torch.dtype) -> torch.dtype:
         wanted = super().compute_dtype(dtype, checkpoint)
         return wanted if wanted is torch.bfloat16 and self.capability.native_bfloat16 else torch.float32
 
+    def allocate_kv(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return ask_huge_pages(torch.empty(shape, dtype=dtype)).zero_()
+
     def linear(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
         return self._packer.pack(weight, bias, dtype)
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+        if self.capability.packs_itself(weight, dtype):
+            return self._packer.pack(weight, bias, dtype, gated=True)
+        return super().gated_linear(weight, bias, dtype)
 
     def plan_attention(self, layout: StepLayout, kv: Tensor, num_heads: int) -> AttentionPlan:
         return plan_attention(layout, kv, num_heads)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernels import load_library
+
 
 @dataclass(frozen=True, slots=True)
 class CPUCapability:
@@ -14,15 +16,26 @@ class CPUCapability:
     native_bfloat16: bool  # AVX512-bf16 or AMX: bfloat16 products in hardware, not emulated
     half_weights: bool  # FBGEMM's float32 x float16-weight product
     onednn: bool  # oneDNN's prepacked product
+    avx512_bfloat16: bool = False
+    kernels: bool = False  # our own, for AVX512-bf16: see `kernels.py`
+    amx: bool = False  # oneDNN's product of many bfloat16 rows is then several times faster than ours
+
+    def packs_itself(self, weight: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether a product with this weight is made by our own kernels."""
+        return self.kernels and not self.amx and dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
     @classmethod
     def probe(cls) -> CPUCapability:
         """Ask torch and the processor."""
         onednn = bool(torch._C._has_mkldnn)
+        avx512, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
         return cls(
             native_bfloat16=onednn
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
+            and (avx512 or amx),
             half_weights="fbgemm" in torch.backends.quantized.supported_engines,
             onednn=onednn,
+            avx512_bfloat16=avx512,
+            kernels=avx512 and load_library() is not None,
+            amx=amx,
         )

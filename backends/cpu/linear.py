@@ -1,8 +1,10 @@
 """Products with a weight that was packed once, at load.
 
-Three packings, by element type and by what the weight's values allow:
+Four packings, by element type and by what the weight's values allow:
 
-- bfloat16: oneDNN's blocked layout, bfloat16 activations; where the processor multiplies bfloat16 in hardware.
+- bfloat16 on AVX512-bf16: our own layout and kernels, see `kernels.py`.
+- bfloat16 on AMX, or without our kernels: oneDNN's blocked layout, bfloat16 activations; where the processor multiplies
+  bfloat16 in hardware.
 - half: FBGEMM's blocked layout of float16 weights, float32 activations and sums. Weights that came from a bfloat16 or
   float16 checkpoint survive it to float32's precision, so this is a float32 product that reads half the bytes.
 - float32: oneDNN's blocked layout.
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..torch_ops import PlainLinear
+from .kernels import PackedLinear
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -71,8 +74,17 @@ def fits_half(weight: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def pack_linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, capability: CPUCapability) -> Linear:
+def pack_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    capability: CPUCapability,
+    threads: int = 1,
+    gated: bool = False,
+) -> Linear:
     """The fastest product for a weight [out, in] with activations of `dtype` on a processor of that capability."""
+    if capability.packs_itself(weight, dtype):
+        return PackedLinear(weight, bias, threads, gated)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if dtype is torch.float32 and weight.numel() >= SMALL_WEIGHT and capability.half_weights and fits_half(weight):
@@ -104,16 +116,19 @@ class LinearPacker:
 
     def __init__(self, capability: CPUCapability, threads: int) -> None:
         self._capability = capability
+        self._num_threads = threads
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="pack-linear")
         self._slots = BoundedSemaphore(2 * threads)
         self._pending: list[Future[Linear]] = []
 
-    def pack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    def pack(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gated: bool = False) -> Linear:
         """Begin to pack, or pack at once where that is quick."""
         if weight.numel() < SMALL_WEIGHT:
-            return pack_linear(weight, bias, dtype, self._capability)
+            return pack_linear(weight, bias, dtype, self._capability, self._num_threads, gated)
         self._slots.acquire()
-        future = self._threads.submit(pack_linear, weight, bias, dtype, self._capability)
+        future = self._threads.submit(
+            pack_linear, weight, bias, dtype, self._capability, self._num_threads, gated
+        )
         future.add_done_callback(lambda _: self._slots.release())
         self._pending.append(future)
         return PendingLinear(future)

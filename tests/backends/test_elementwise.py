@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sageLLM.backends.cpu import CPUBackend
+from sageLLM.backends.cpu import AVX512Backend, CPUBackend
 from sageLLM.backends.cpu.capability import CPUCapability
 from sageLLM.backends.torch_ops import TorchBackend
 from sageLLM.config import DType
 
-BACKENDS = {"torch": lambda: TorchBackend(torch.device("cpu")), "cpu": CPUBackend}
+BACKENDS = {"torch": lambda: TorchBackend(torch.device("cpu")), "cpu": CPUBackend, "avx512": AVX512Backend}
 DTYPES = {torch.float32: 3e-6, torch.bfloat16: 6e-2}
 ROWS = [1, 3, 40]
 
@@ -18,6 +18,8 @@ ROWS = [1, 3, 40]
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> TorchBackend:
     torch.manual_seed(0)
+    if request.param == "avx512" and not CPUCapability.probe().kernels:
+        pytest.skip("no AVX512-bf16, or kernels not compiled")
     return BACKENDS[request.param]()
 
 
@@ -43,13 +45,14 @@ def test_rms_norm(backend, dtype, eps, rows) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm_of_heads(backend, dtype) -> None:
     """A weight for each head, x a part of a packed projection."""
-    x, weight = torch.randn(5, 8, 16).to(dtype)[:, :6], torch.randn(6, 16).to(dtype)
+    x, weight = torch.randn(5, 8, 32).to(dtype)[:, :6], torch.randn(6, 32).to(dtype)
     close(backend.rms_norm(x, weight, 1e-6), normed(x, weight, 1e-6), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_rms_norm(backend, dtype) -> None:
-    x, residual, weight = torch.randn(7, 32).to(dtype), torch.randn(7, 32).to(dtype), torch.randn(32).to(dtype)
+@pytest.mark.parametrize(("rows", "dim"), [(7, 32), (40, 1024), (3, 20)])
+def test_add_rms_norm(backend, dtype, rows, dim) -> None:
+    x, residual, weight = torch.randn(rows, dim).to(dtype), torch.randn(rows, dim).to(dtype), torch.randn(dim).to(dtype)
     total = (residual + x).double()
     out, residual = backend.add_rms_norm(x, residual, weight, 1e-6)
     close(residual, total, dtype)
@@ -58,13 +61,14 @@ def test_add_rms_norm(backend, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_apply_rope(backend, dtype, rows) -> None:
+@pytest.mark.parametrize("dim", [16, 64])
+def test_apply_rope(backend, dtype, rows, dim) -> None:
     """A rotation of the pairs (i, i + D/2) as complex numbers; x is a part of a packed projection."""
-    x, angle = torch.randn(rows, 8, 16).to(dtype)[:, :6], torch.rand(rows, 8) * 6
+    x, angle = torch.randn(rows, 8, dim).to(dtype)[:, :6], torch.rand(rows, dim // 2) * 6
     cos, sin = angle.cos(), angle.sin()
     cos, sin = torch.cat((cos, cos), -1).to(dtype)[:, None], torch.cat((-sin, sin), -1).to(dtype)[:, None]
     first, second = x.double().chunk(2, -1)
-    turned = torch.complex(first, second) * torch.complex(cos[..., :8].double(), sin[..., 8:].double())
+    turned = torch.complex(first, second) * torch.complex(cos[..., : dim // 2].double(), sin[..., dim // 2 :].double())
     close(backend.apply_rope(x, cos, sin), torch.cat((turned.real, turned.imag), -1), dtype)
 
 

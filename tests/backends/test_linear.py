@@ -8,18 +8,21 @@ import torch
 from sageLLM.backends.cpu import CPUBackend
 from sageLLM.backends.cpu import linear as cpu_linear
 from sageLLM.backends.cpu.capability import CPUCapability
+from sageLLM.backends.cpu.kernels import PackedLinear
 from sageLLM.backends.cpu.linear import HalfLinear, OneDNNLinear, pack_linear
 from sageLLM.backends.torch_ops import PlainLinear
 
 HERE = CPUCapability.probe()
 AVX2 = CPUCapability(native_bfloat16=False, half_weights=True, onednn=True)
 AVX512 = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True)
+OURS = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True, kernels=True)
 ODD = CPUCapability(native_bfloat16=False, half_weights=False, onednn=False)
 
 needs_fbgemm = pytest.mark.skipif(not HERE.half_weights, reason="this torch has no FBGEMM")
 needs_onednn_bfloat16 = pytest.mark.skipif(
     not (HERE.onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="oneDNN has no bfloat16 here"
 )
+needs_kernels = pytest.mark.skipif(not HERE.kernels, reason="no AVX512-bf16, or kernels not compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def check(linear, weight, bias, dtype, tolerance) -> None:
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (50, 33), (1, 17)])
+@pytest.mark.parametrize("shape", [(96, 64), (50, 34), (1, 18)])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(
     ("capability", "checkpoint", "dtype", "kind", "tolerance"),
@@ -45,6 +48,7 @@ def check(linear, weight, bias, dtype, tolerance) -> None:
         pytest.param(AVX2, torch.float16, torch.float32, HalfLinear, 3e-6, marks=needs_fbgemm),
         (AVX2, torch.float32, torch.float32, OneDNNLinear, 3e-6),
         pytest.param(AVX512, torch.bfloat16, torch.bfloat16, OneDNNLinear, 0.03, marks=needs_onednn_bfloat16),
+        pytest.param(OURS, torch.bfloat16, torch.bfloat16, PackedLinear, 0.03, marks=needs_kernels),
         (AVX2, torch.bfloat16, torch.bfloat16, PlainLinear, 0.03),
         (ODD, torch.bfloat16, torch.float32, PlainLinear, 3e-6),
     ],
@@ -56,6 +60,46 @@ def test_equals_float64(capability, checkpoint, dtype, kind, tolerance, shape, w
     linear = pack_linear(weight, bias, dtype, capability)
     assert type(linear) is kind
     check(linear, weight, bias, dtype, tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("outputs", "depth"), [(64, 2), (130, 1030), (200, 3000)])
+def test_our_kernel_equals_float64_and_a_row_does_not_depend_on_the_batch(outputs, depth, threads) -> None:
+    """Over several depths and chunks of rows; the same bits for a row alone and in any batch."""
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(outputs, depth) / depth**0.5).bfloat16(), torch.randn(outputs).bfloat16()
+    linear = pack_linear(weight, bias, torch.bfloat16, OURS, threads)
+    x = torch.randn(410, depth).bfloat16()
+    together = linear(x)
+    torch.testing.assert_close(
+        together.double(), torch.nn.functional.linear(x.double(), weight.double(), bias.double()), rtol=0.01, atol=0.01
+    )
+    for rows in (1, 2, 5, 6, 7, 12, 13, 16, 18, 24, 25, 193, 409):
+        assert torch.equal(linear(x[:rows]), together[:rows])
+    assert torch.equal(linear(x[::2]), together[::2])  # rows that do not lie close
+
+
+@needs_kernels
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("inner", [32, 50, 96])
+def test_our_gated_kernel_equals_float64(inner, with_bias) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(2 * inner, 64) / 4).bfloat16()
+    bias = torch.randn(2 * inner).bfloat16() if with_bias else None
+    linear = pack_linear(weight, bias, torch.bfloat16, OURS, gated=True)
+    for rows in (1, 6, 65):
+        x = torch.randn(rows, 64).bfloat16() * 20  # gates from where silu is zero to where it is the identity
+        both = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        gate, up = both.chunk(2, dim=-1)
+        torch.testing.assert_close(linear(x).double(), gate * gate.sigmoid() * up, rtol=0.01, atol=0.01)
+
+
+def test_amx_and_odd_depths_keep_onednn_and_torch() -> None:
+    amx = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True, kernels=True, amx=True)
+    assert not amx.packs_itself(torch.empty(4, 4), torch.bfloat16)
+    assert not OURS.packs_itself(torch.empty(4, 3), torch.bfloat16)
+    assert not OURS.packs_itself(torch.empty(4, 4), torch.float32)
 
 
 @needs_fbgemm

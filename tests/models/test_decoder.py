@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
 
-from sageLLM.backends.cpu import CPUBackend
+from sageLLM.backends.cpu import AVX512Backend, CPUBackend
+from sageLLM.backends.cpu.capability import CPUCapability
 from sageLLM.backends.torch_ops import TorchBackend
 
 FAMILIES = [
@@ -35,6 +37,14 @@ def reference_greedy(model, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+BFLOAT16_BACKENDS = {
+    "cpu": CPUBackend(CPUCapability(native_bfloat16=True, half_weights=True, onednn=True)),
+    "torch": TorchBackend(torch.device("cpu")),
+}
+if CPUCapability.probe().kernels:
+    BFLOAT16_BACKENDS["avx512"] = AVX512Backend()
+
+
 def test_every_checkpoint_is_compared(checkpoint_names):
     assert sorted(checkpoint_names) == sorted(FAMILIES)
 
@@ -53,26 +63,30 @@ def test_logits_and_greedy_tokens_equal_transformers_in_float32(name, checkpoint
     assert paged_runner(model).generate(prompt, 12) == reference_greedy(expected_model, prompt, 12)
 
 
-@pytest.mark.parametrize("backend", [CPUBackend(), TorchBackend(torch.device("cpu"))], ids=["cpu", "torch"])
+@pytest.mark.parametrize("backend", BFLOAT16_BACKENDS.values(), ids=BFLOAT16_BACKENDS)
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3"])
-def test_greedy_tokens_agree_with_transformers_in_bfloat16(name, backend, checkpoint_folder, load, paged_runner):
-    """Two roundings of the same sums: where they part ways, the two tokens must be a near tie in float32's eyes."""
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(name, backend, checkpoint_folder, load, paged_runner):
+    """Two roundings of the same sums: ours is no further from float32 than transformers' own bfloat16, the greedy
+    tokens agree, and where they do not it was a near tie."""
     folder = checkpoint_folder(name, "bfloat16")
-    expected_model, model = reference(folder), load(folder, backend, dtype="bfloat16")
-    exact = expected_model.to(torch.float32)
+    theirs, model = reference(folder), load(folder, backend, dtype="bfloat16")
+    exact = copy.deepcopy(theirs).to(torch.float32)
     agreed = total = 0
+    errors = torch.zeros(2)
     for seed in range(4):
         prompt = tokens(40, seed)
         runner = paged_runner(model)
         mine = runner.step([(runner.add(), prompt)])
         with torch.inference_mode():
-            expected = exact(torch.tensor([prompt])).logits[0]
+            expected, other = (m(torch.tensor([prompt])).logits[0].float() for m in (exact, theirs))
+        errors += torch.stack([(mine - expected).norm(), (other - expected).norm()])
         best, top = mine.argmax(-1), expected.max(-1).values
         agreed += int((best == expected.argmax(-1)).sum())
         total += len(prompt)
         lost = top - expected.gather(1, best[:, None])[:, 0]
-        assert float(lost.max()) < 0.05 * float(expected.std())
+        assert float(lost.max()) < 0.08 * float(expected.std())
     assert agreed >= 0.95 * total
+    assert errors[0] <= 1.02 * errors[1]
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3"])

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sageLLM.backends import detect_backend
+from sageLLM.backends.cpu import AVX512Backend
 from sageLLM.config import BackendConfig, ModelConfig
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
@@ -24,6 +25,15 @@ def folder(checkpoint_folder):
 @pytest.fixture(scope="module")
 def loaded(folder):
     backend = detect_backend(BackendConfig(backend_type="cpu", threads=1))
+    return load_model(resolve_model(ModelConfig(model_id=str(folder))), backend), backend
+
+
+@pytest.fixture(scope="module")
+def loaded_bfloat16(checkpoint_folder):
+    backend = detect_backend(BackendConfig(backend_type="cpu", threads=1))
+    if not isinstance(backend, AVX512Backend):
+        pytest.skip("no AVX512-bf16, or kernels not compiled")
+    folder = checkpoint_folder("qwen3", "bfloat16")
     return load_model(resolve_model(ModelConfig(model_id=str(folder))), backend), backend
 
 
@@ -66,6 +76,26 @@ PROMPTS = [_BASE[:n] + [_RNG.randrange(4, 300) for _ in range(m)] for n, m in
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_greedy_tokens_do_not_depend_on_how_they_were_computed(bench, loaded, oracle, data):
+    check_any_mix(bench, loaded, oracle, data)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_our_kernels_keep_that_promise_in_bfloat16(bench, loaded_bfloat16, data):
+    """No two roundings of the same sum: what a prompt gives alone and whole, it gives in any mix."""
+
+    def alone(prompt, count):
+        b, executor = make_bench(bench, loaded_bfloat16, max_step_tokens=64)
+        sequence = b.sequence(prompt, max_new_tokens=count)
+        b.offer(sequence)
+        b.run()
+        executor.close()
+        return sequence.choices[0].output_tokens
+
+    check_any_mix(bench, loaded_bfloat16, alone, data)
+
+
+def check_any_mix(bench, loaded, oracle, data) -> None:
     b, executor = make_bench(
         bench,
         loaded,
