@@ -96,7 +96,7 @@ class Request:
     cache_salt: str = ""
     priority: int = 0
     src: SourcePosition | None = None
-    interactive: bool = False  # somebody waits for it: it may be cancelled, and the scheduler's timeouts apply
+    interactive: bool = False  # somebody waits for it: the scheduler's timeouts apply
     cancelled: bool = False  # set from any thread; the stages notice
     arrival: float = field(default_factory=time.monotonic)
     raw: str = ""  # the line it was read from, or its beginning: shown in its dead letter

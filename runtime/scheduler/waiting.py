@@ -27,7 +27,7 @@ class WaitingQueue:
         self._queue_timeout_s = queue_timeout_s
         self._request_timeout_s = request_timeout_s
         self._waiting: deque[Sequence] = deque()
-        self._interactive = 0  # only these may be cancelled or meet a deadline
+        self._interactive = 0  # only these may meet a deadline
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -86,17 +86,15 @@ class WaitingQueue:
 
     def take_ended(self) -> list[Sequence]:
         """Remove and finish what was cancelled or has waited too long."""
-        ended: list[Sequence] = []
-        if not self._interactive:
-            return ended
-        now = time.monotonic()
-        for sequence in self._waiting:
-            if sequence.request.cancelled:
-                end_unstarted(sequence, FinishReason.CANCELLED)
-                ended.append(sequence)
-            elif self.deadline(sequence) <= now:
+        ended = [sequence for sequence in self._waiting if sequence.request.cancelled]
+        for sequence in ended:
+            end_unstarted(sequence, FinishReason.CANCELLED)
+        if self._interactive:
+            now = time.monotonic()
+            overdue = [s for s in self._waiting if not s.ended and self.deadline(s) <= now]
+            for sequence in overdue:
                 end_unstarted(sequence, FinishReason.TIMEOUT)
-                ended.append(sequence)
+            ended += overdue
         if ended:
             self._interactive -= sum(sequence.request.interactive for sequence in ended)
             gone = set(map(id, ended))

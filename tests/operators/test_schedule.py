@@ -134,9 +134,10 @@ def test_a_prefix_that_is_being_computed_is_waited_for(on_loop, null_engine):
     engine.check_nothing_leaks()
 
 
-def test_cancelled_while_it_waits_it_passes_ended(on_loop, null_engine):
+@pytest.mark.parametrize("interactive", [False, True])
+def test_cancelled_while_it_waits_it_passes_ended(on_loop, null_engine, interactive):
     engine = null_engine(scheduler={"max_batch_size": 1})
-    running, waiting = engine.sequence([1]), engine.sequence([2], n=1, interactive=True)
+    running, waiting = engine.sequence([1]), engine.sequence([2], n=1, interactive=interactive)
 
     async def main():
         async with engine.services.running(), engine.stage(Schedule) as schedule:
