@@ -71,8 +71,9 @@ def _explain(model: type[BaseModel], detail: Any, path: KeyPath, what: str, prob
         return
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    write = f"; write `{location[-1]}: <{wanted}>`" if wanted else ""
-    found = "" if kind == "value_error" and isinstance(detail["input"], dict) else f"found {show(detail['input'])}, "
+    explained = kind == "value_error"  # by a validator of ours
+    write = f"; write `{location[-1]}: <{wanted}>`" if wanted and not explained else ""
+    found = "" if explained and isinstance(detail["input"], dict) else f"found {show(detail['input'])}, "
     problems.add(where, f"{what}, field {name!r}: {found}{message}{write}")
 
 

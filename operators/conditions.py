@@ -44,7 +44,7 @@ class Condition(Config):
     def _is_a_path(cls, path: str) -> str:
         for name in path.split("."):
             if not (name.isdecimal() or name.isidentifier()) or name.startswith("_"):
-                raise ValueError(f"found {path!r}; write names with dots between, such as request.tenant")
+                raise ValueError("no path to a field; write names with dots between, such as request.tenant")
         return path
 
     @model_validator(mode="after")

@@ -10,14 +10,14 @@ from pydantic import Field, model_validator
 from ..records import DeadLetter, TokenDelta
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, operator
 from .conditions import Condition  # noqa: TC001 - pydantic reads the annotation
-from .functions import explain_failure, find_function
+from .functions import FunctionName, explain_failure, find_function
 
 
 class FilterConfig(OperatorConfig):
     """Either `where`, conditions that must all hold, or `function`, a name given with `@register_function`."""
 
     where: list[Condition] = Field(default_factory=list)
-    function: str | None = None
+    function: FunctionName | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> FilterConfig:

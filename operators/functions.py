@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from pydantic import AfterValidator
 
 from ..errors import ConfigError, RequestError
+from ..graph.problems import did_you_mean, nearest
 from ..records import DeadLetter
 from ..runtime.flow.ledger import request_of
 
@@ -36,18 +38,20 @@ def register_function(name: str) -> Callable[[FunctionT], FunctionT]:
     return decorate
 
 
-def find_function(name: str) -> Callable[..., Any]:
-    """The function registered under a name.
+def _check_registered(name: str) -> str:
+    if name not in _FUNCTIONS:
+        own = "; register your own with @register_function, and add --allow-module <its module>"
+        hint = "" if nearest(name, _FUNCTIONS) else own
+        raise ValueError(f"no function of that name is registered{did_you_mean(name, _FUNCTIONS)}{hint}")
+    return name
 
-    Raises:
-        ConfigError: there is none.
-    """
-    function = _FUNCTIONS.get(name)
-    if function is None:
-        near = difflib.get_close_matches(name, _FUNCTIONS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "register it with @register_function and --allow-module"
-        raise ConfigError(f"no function {name!r} is registered: {hint}")
-    return function
+
+FunctionName = Annotated[str, AfterValidator(_check_registered)]
+
+
+def find_function(name: FunctionName) -> Callable[..., Any]:
+    """The function registered under a name."""
+    return _FUNCTIONS[name]
 
 
 def explain_failure(operator: str, record: Record, error: Exception) -> DeadLetter:

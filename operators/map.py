@@ -8,13 +8,13 @@ from typing import Any
 
 from ..records import DeadLetter, Request, TokenDelta
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, operator
-from .functions import explain_failure, find_function
+from .functions import FunctionName, explain_failure, find_function
 
 
 class MapConfig(OperatorConfig):
     """`function` is a name given with `@register_function`."""
 
-    function: str
+    function: FunctionName
 
 
 @operator("map")

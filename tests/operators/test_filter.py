@@ -103,7 +103,8 @@ def test_deltas_pass(through, make_completion):
     ("config", "message"),
     [
         ({}, "write either `where"),
-        ({"function": "f", "where": [{"field": "a", "value": 1}]}, "write either `where"),
+        ({"function": "test_filter.is_evn"}, r"did you mean 'test_filter.is_even'\?"),
+        ({"function": "test_filter.is_even", "where": [{"field": "a", "value": 1}]}, "write either `where"),
         ({"where": [{"field": "a.__class__", "value": 1}]}, "write names with dots between"),
         ({"where": [{"field": "a", "op": "matches", "value": "("}]}, "is no regular expression"),
         ({"where": [{"field": "a", "op": "in", "value": "abc"}]}, "is no list"),
