@@ -226,7 +226,7 @@ def test_a_signal_while_the_model_loads_ends_the_run_at_once(shell, name):
             break
         process.send_signal(getattr(signal, name))
         try:
-            _, stderr = process.communicate(timeout=20)
+            _, stderr = process.communicate(timeout=60)
         finally:
             process.kill()
             os.close(writer)
