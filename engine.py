@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import uuid
 from concurrent.futures import Future, wait
@@ -15,13 +16,14 @@ import anyio
 from .config import SageLLMConfig
 from .errors import EngineClosedError, NotAvailableError, RequestError
 from .records import Choice, Completion, DeadLetter, FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
-from .runtime.calls import CallDesk, FutureCaller
+from .runtime.calls import FutureCaller
 from .runtime.flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from types import TracebackType
 
+    from .runtime.calls import CallDesk
     from .runtime.flow.flow import Flow
     from .runtime.services import EngineServices
 
@@ -157,8 +159,8 @@ class SageLLMEngine:
         self._thread: threading.Thread | None = None
         self._services: EngineServices | None = None
         self._flow: Flow | None = None
-        self._calls: CallDesk | None = None
         self._started: Future[None] = Future()
+        self._is_over = False  # the thread has ended, or is about to
         self._lock = threading.Lock()
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -166,11 +168,16 @@ class SageLLMEngine:
     def initialize(self) -> None:
         """Load the model and start the pipeline; when it runs already, or starts on another thread, wait for that.
 
+        An engine that has failed starts afresh.
+
         Raises:
             ModelError: the model cannot be found, read or built.
             ConfigError: the device or the KV pool cannot be had.
         """
         with self._lock:
+            if self._is_over:
+                self._forget()
+                gc.collect()  # weights and KV pool of the failed one lie in cycles: there is no room for them twice
             if self._thread is None:
                 self._started = Future()
                 self._thread = threading.Thread(target=self._run, name="sagellm-engine", daemon=True)
@@ -183,16 +190,16 @@ class SageLLMEngine:
             raise
 
     def _run(self) -> None:
+        reason = "the engine was shut down"
         try:
             anyio.run(self._serve)
         except BaseException as error:
+            reason = f"the engine failed: {_first_cause(error)} (initialize() starts it afresh)"
             if not self._started.done():
                 self._started.set_exception(error)
-            if self._calls is not None:
-                self._calls.fail_all(f"the engine failed: {_first_cause(error)}")
-        else:
-            if self._calls is not None:
-                self._calls.fail_all("the engine was shut down")
+        self._is_over = True
+        if self._services is not None:
+            self._services.calls.fail_all(reason)
 
     async def _serve(self) -> None:
         from . import operators  # noqa: F401 - registers the built-in stages
@@ -203,16 +210,12 @@ class SageLLMEngine:
         pipeline = build_pipeline(standard_pipeline(self.config), base_dir=Path.cwd())
         services = EngineServices(pipeline.engine)
         await anyio.to_thread.run_sync(services.load)
-        flow, calls = assemble(pipeline, services), services.calls
-        flow.ledger.on_settled(lambda settled: self._settle(calls, settled))
-        self._services, self._flow, self._calls = services, flow, calls
+        flow = assemble(pipeline, services)
+        flow.ledger.on_settled(lambda settled: _tell_callers(flow, services.calls, settled))
+        self._services, self._flow = services, flow
         async with services.running():
             self._started.set_result(None)
             await flow.run()
-
-    def _settle(self, calls: CallDesk, settled: list[Any]) -> None:
-        for request, outcome in settled:
-            calls.deliver_end(request, DeadLetter(f"the request ended with {outcome}", request=request))
 
     def shutdown(self) -> None:
         """Finish what is in flight, then stop; later calls raise EngineClosedError. May be called twice."""
@@ -220,10 +223,15 @@ class SageLLMEngine:
             if self._thread is None:
                 return
             wait([self._started])  # while the model loads there is nothing to close yet
-            if self._calls is not None:
-                self._calls.close("the engine was shut down")
-            self._thread.join()
-            self._thread = self._services = self._flow = self._calls = None
+            if self._services is not None:
+                self._services.calls.close("the engine was shut down")
+            self._forget()
+
+    def _forget(self) -> None:
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = self._services = self._flow = None
+        self._is_over = False
 
     def __enter__(self) -> SageLLMEngine:
         self.initialize()
@@ -243,24 +251,31 @@ class SageLLMEngine:
     def generate(self, request: GenerateRequest | Sequence[GenerateRequest]) -> GenerateOutput | list[GenerateOutput]:
         """Generate for one request, or for a list: then one output each, in order, failed ones with `error` set.
 
+        An interrupted call (Ctrl-C) cancels its requests.
+
         Raises:
             RequestError: a single request is bad or failed; for a list only if one is malformed before it is sent.
-            EngineClosedError: the engine is not initialized, or was shut down.
+            EngineClosedError: the engine is not initialized, was shut down, or has failed.
         """
         if isinstance(request, (GenerateRequest, str, dict)):
-            return _to_output(self._submit([request])[0].result(), strict=True)
-        return [_to_output(future.result(), strict=False) for future in self._submit(request)]
+            return _to_output(self._compute([request])[0], strict=True)
+        return [_to_output(record, strict=False) for record in self._compute(request)]
 
-    def _submit(self, requests: Sequence[GenerateRequest]) -> list[Future[Completion | DeadLetter]]:
+    def _compute(self, requests: Sequence[GenerateRequest]) -> list[Completion | DeadLetter]:
         callers = [FutureCaller() for _ in requests]
         records = [_to_record(request) for request in requests]
-        self._desk().submit(list(zip(records, callers, strict=True)))
-        return [caller.future for caller in callers]
+        services = self._running_services()
+        try:
+            services.calls.submit(list(zip(records, callers, strict=True)))
+            return [caller.future.result() for caller in callers]
+        except BaseException:  # KeyboardInterrupt: nobody waits for them any more
+            services.cancel(records)
+            raise
 
-    def _desk(self) -> CallDesk:
-        if self._calls is None:
+    def _running_services(self) -> EngineServices:
+        if self._services is None:
             raise EngineClosedError("the engine is not running: call initialize(), or use it as a context manager")
-        return self._calls
+        return self._services
 
     async def generate_async(self, request: GenerateRequest) -> GenerateOutput:
         """Generate for one request without blocking the event loop; cancelling the task cancels the request.
@@ -291,9 +306,9 @@ class SageLLMEngine:
                         yield token
 
     async def _follow(self, request: Request) -> AsyncGenerator[TokenDelta | Completion | DeadLetter, None]:
-        desk = self._desk()
+        services = self._running_services()
         caller = _StreamCaller()
-        desk.submit([(request, caller)])
+        services.calls.submit([(request, caller)])
         ended = False
         try:
             async for records in caller.mailbox:
@@ -303,8 +318,8 @@ class SageLLMEngine:
                     if ended:
                         return
         finally:
-            if not ended and self._services is not None:
-                self._services.cancel([request])
+            if not ended:
+                services.cancel([request])
             caller.mailbox.close()
 
     # -- looking in --------------------------------------------------------------------------------------------------
@@ -312,7 +327,8 @@ class SageLLMEngine:
     def get_stats(self) -> dict[str, Any]:
         """`initialized`, `backend`, `kv_pool`, `kv_cache` (`cache_hits`, ...), `worker` and `requests` counters."""
         services, flow = self._services, self._flow
-        stats: dict[str, Any] = {"initialized": services is not None, "backend": None, "kv_pool": {}, "kv_cache": {}}
+        running = services is not None and not self._is_over
+        stats: dict[str, Any] = {"initialized": running, "backend": None, "kv_pool": {}, "kv_cache": {}}
         if services is not None and flow is not None:
             stats |= services.get_stats()
             stats["backend"] = services.backend_name
@@ -331,6 +347,14 @@ def standard_pipeline(config: SageLLMConfig) -> dict[str, Any]:
         "operators": {stage: {} for stage in stages},
         "edges": [" -> ".join(stages), *(f"{stage}.error -> call_sink" for stage in failing)],
     }
+
+
+def _tell_callers(flow: Flow, calls: CallDesk, settled: list[Any]) -> None:
+    """Of requests that end without a record at the sink, such as those that a stage has dropped."""
+    if flow.has_ended:
+        return  # the engine is over: it tells them why
+    for request, outcome in settled:
+        calls.deliver_end(request, DeadLetter(f"the request ended with {outcome}", request=request))
 
 
 def _to_record(request: GenerateRequest, stream: bool = False) -> Request:

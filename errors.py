@@ -15,7 +15,7 @@ SageLLMError
 │   └── ErrorRatioExceededError  too large a share of records failed               (exit 1)
 ├── KVCacheError              blocks ran out, or the cache's books do not balance
 ├── GateError                 a run missed a configured figure                    (exit 1)
-└── EngineClosedError         the engine was shut down or never initialized
+└── EngineClosedError         the engine was shut down, has failed or was never initialized
 """
 
 
@@ -88,4 +88,4 @@ class GateError(SageLLMError):
 
 
 class EngineClosedError(SageLLMError):
-    """The engine is not running: not initialized, or already shut down."""
+    """The engine is not running: not initialized, shut down, or failed."""

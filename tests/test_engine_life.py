@@ -10,7 +10,8 @@ from concurrent.futures import Future
 import pytest
 
 from sageLLM import GenerateRequest, ModelConfig, SageLLMConfig, SageLLMEngine
-from sageLLM.errors import NotAvailableError
+from sageLLM.errors import EngineClosedError, FlowError, NotAvailableError, RequestError
+from sageLLM.operators.sinks.call_sink import CallSink
 from sageLLM.runtime.services import EngineServices
 
 LIMIT_S = 30
@@ -94,6 +95,73 @@ def test_an_interrupt_while_the_model_loads_leaves_nothing_running(slow_engine, 
     assert ended(in_background(start))
     assert raised
     assert not [thread for thread in threading.enumerate() if thread.name == "sagellm-engine"]
+
+
+@pytest.fixture
+def null_engine():
+    engine = SageLLMEngine(SageLLMConfig(model=ModelConfig(model_id="builtin:null")))
+    yield engine
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_an_interrupted_call_cancels_its_requests(null_engine, monkeypatch, as_list):
+    class InterruptedFuture(Future):
+        def result(self, timeout=None):
+            raise KeyboardInterrupt
+
+    null_engine.initialize()
+    monkeypatch.setattr("sageLLM.runtime.calls.Future", InterruptedFuture)
+    requests = [GenerateRequest(prompt="a", max_new_tokens=20_000, ignore_eos=True) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        null_engine.generate(requests if as_list else requests[0])
+    monkeypatch.undo()
+    flow = null_engine._flow
+    null_engine.shutdown()  # waits for what is in flight
+    count = 2 if as_list else 1
+    assert {name: n for name, n in flow.ledger.counters().items() if n} == {"accepted": count, "cancelled": count}
+
+
+def fail_when_called(monkeypatch):
+    async def fail(sink, records, out):
+        raise FlowError("no such caller")
+
+    monkeypatch.setattr(CallSink, "process", fail)
+
+
+def test_a_failed_engine_says_why_and_starts_afresh(null_engine, monkeypatch):
+    null_engine.initialize()
+    ask = GenerateRequest(prompt="a", max_new_tokens=2)
+    with monkeypatch.context() as patch:
+        fail_when_called(patch)
+        with pytest.raises(RequestError, match="the engine failed: no such caller"):
+            null_engine.generate(ask)
+        assert not null_engine.get_stats()["initialized"]
+        with pytest.raises(EngineClosedError, match=r"no such caller \(initialize\(\) starts it afresh\)"):
+            null_engine.generate(ask)
+    null_engine.initialize()
+    assert len(null_engine.generate(ask).output_tokens) == 2
+    assert null_engine.get_stats()["requests"]["accepted"] == 1
+
+
+def test_a_failed_engine_has_left_no_memory_when_it_starts_again(monkeypatch):
+    config = SageLLMConfig(model=ModelConfig(model_id="builtin:pydoc-tiny"), kv_cache={"max_tokens": 512})
+    with SageLLMEngine(config) as engine:
+        pool = weakref.ref(engine._services.executor._kv)
+        with monkeypatch.context() as patch:
+            fail_when_called(patch)
+            with pytest.raises(RequestError):
+                engine.generate(GenerateRequest(prompt="a", max_new_tokens=2))
+        load = EngineServices.load
+        left = []
+
+        def look_and_load(services):
+            left.append(pool())
+            load(services)
+
+        monkeypatch.setattr(EngineServices, "load", look_and_load)
+        engine.initialize()
+    assert left == [None]
 
 
 def test_gates_that_nobody_would_check_are_refused():

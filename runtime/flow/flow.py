@@ -68,6 +68,7 @@ class Flow:
         self._scope: anyio.CancelScope | None = None
         self._began = self._ended = 0.0
         self._started = False
+        self.has_ended = False  # from here on nothing but the end of what is in flight is settled
         self._drain_reason: str | None = None
         self._failure: SageLLMError | None = None
         self._aborted = False
@@ -158,6 +159,7 @@ class Flow:
             finished = self._failure is None
         finally:
             self._ended = anyio.current_time()
+            self.has_ended = True
             failed = self._failure is not None and not self._aborted
             self.ledger.fail_all(Outcome.ERROR if failed or finished else Outcome.CANCELLED)
             self.ledger.check()
