@@ -148,8 +148,9 @@ class SchedulerConfig(Config):
     """What may run at once, and how long a request may wait. Batch sizes are in sequences, budgets in tokens.
 
     `max_batch_size` bounds the sequences that hold a lease, `max_decode_batch` those that get a token in one step,
-    `max_prefill_batch` those whose prompt is computed in one step; `max_step_tokens` bounds the tokens of one step
-    and so the size of a prompt chunk (None: 4096 on a GPU, 512 on a CPU and more there for a small model).
+    `max_prefill_batch` those whose prompt is computed in one step (in a pipeline, `max_batch` of the stage `decode` or
+    `prefill` comes before them); `max_step_tokens` bounds the tokens of one step and so the size of a prompt chunk
+    (None: 4096 on a GPU, 512 on a CPU and more there for a small model).
     `launch_ahead` plans and launches a step before the previous one's tokens are read. `queue_timeout_s` is the
     longest wait for a lease, `request_timeout_s` the longest time from arrival to the last token, 0 is no limit; both
     hold for requests that somebody waits for (library calls, sockets): lines of a file wait as long as it takes.

@@ -38,10 +38,12 @@ def describe_type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     return " ".join([kind, *(f"{sign} {schema[bound]}" for bound, sign in _BOUNDS.items() if bound in schema)])
 
 
-def validate_model(model: type[BaseModel], values: Any, path: KeyPath, what: str, problems: Problems) -> Any:
+def validate_model(
+    model: type[BaseModel], values: Any, path: KeyPath, what: str, problems: Problems, context: Any = None
+) -> Any:
     """The validated model, or None after noting every problem of its values; `path` is where they stand."""
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=context)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             _explain(model, detail, path, what, problems)

@@ -90,7 +90,7 @@ def _build(
     if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1):
         problems.add(("max_error_ratio",), f"found {show(ratio)}; write a number from 0 to 1")
     engine = _read_engine(data.get("engine"), problems)
-    specs, configs, on_error = _read_operators(data, problems)
+    specs, configs, on_error = _read_operators(data, engine, problems)
     wiring = read_edges(data.get("edges"), specs, on_error, problems)
     known = {node: spec for node, spec in specs.items() if spec is not None}
     edges = check_graph(Draft(known, configs, on_error, wiring, len(known) == len(specs)), base_dir, problems)
@@ -185,9 +185,12 @@ def _read_engine(value: Any, problems: Problems) -> SageLLMConfig | None:
 
 
 def _read_operators(
-    data: dict[str, Any], problems: Problems
+    data: dict[str, Any], engine: SageLLMConfig | None, problems: Problems
 ) -> tuple[dict[str, OperatorSpec | None], dict[str, Any], dict[str, Any]]:
-    """The type of each operator (None where it is unknown), the valid configurations, and each `on_error`."""
+    """The type of each operator (None where it is unknown), the valid configurations, and each `on_error`.
+
+    Validators of an operator's fields find `engine` (None where it is not valid) as `info.context`.
+    """
     written = data.get("operators")
     if not isinstance(written, dict) or not written:
         found = f"found {show(written)}" if "operators" in data else "no operators"
@@ -209,7 +212,7 @@ def _read_operators(
         spec = specs[name] = _find_type(name, values.pop("type", name), "type" in (fields or {}), problems)
         if spec is None:
             continue
-        config = validate_model(spec.config_model, values, path, f"operator {spec.title(name)}", problems)
+        config = validate_model(spec.config_model, values, path, f"operator {spec.title(name)}", problems, engine)
         if config is not None:
             configs[name] = config
         default = spec.config_model.model_fields.get("on_error")

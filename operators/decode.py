@@ -27,10 +27,13 @@ class Decode(WorkerDoor):
     provides = frozenset({"decoded"})
     single = True  # one worker, one door of each kind
     guarantee = "every sequence leaves exactly once, on `out` or `error`, after all its deltas"
-    example = "decode: {}"
+    example = "decode: {max_batch: 8}"
 
     def _connect(self, mailbox: Mailbox[Any]) -> None:
-        self.context.engine.worker.on_decoded = mailbox.put
+        worker = self.context.engine.worker
+        worker.on_decoded = mailbox.put
+        if self.config.max_batch is not None:
+            worker.planner.max_decode_batch = self.config.max_batch
 
     def _submit(self, sequences: list[Sequence]) -> None:
         self.context.engine.worker.submit_decode(sequences)

@@ -27,10 +27,13 @@ class Prefill(WorkerDoor):
     provides = frozenset({"prefilled"})
     single = True  # one worker, one door of each kind
     guarantee = "every sequence leaves exactly once, on `out` or `error`"
-    example = "prefill: {}"
+    example = "prefill: {max_batch: 8}"
 
     def _connect(self, mailbox: Mailbox[Any]) -> None:
-        self.context.engine.worker.on_prefilled = mailbox.put
+        worker = self.context.engine.worker
+        worker.on_prefilled = mailbox.put
+        if self.config.max_batch is not None:
+            worker.planner.max_prefill_batch = self.config.max_batch
 
     def _submit(self, sequences: list[Sequence]) -> None:
         self.context.engine.worker.submit_prefill(sequences)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from ..records import DeadLetter, Sequence, TokenDelta
 from ..runtime.flow.mailbox import Mailbox
@@ -14,8 +15,23 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
-class WorkerDoor(Operator[OperatorConfig]):
+def _check_runs_at_once(max_batch: int, info: ValidationInfo) -> int:
+    limit = max_batch if info.context is None else info.context.scheduler.max_batch_size
+    if max_batch > limit:
+        raise ValueError(f"but {limit} run at once; write at most that, or raise engine.scheduler.max_batch_size")
+    return max_batch
+
+
+class WorkerDoorConfig(OperatorConfig):
+    """`max_batch` bounds the sequences of one step in this stage; None: as engine.scheduler says."""
+
+    max_batch: Annotated[int, Field(gt=0), AfterValidator(_check_runs_at_once)] | None = None
+
+
+class WorkerDoor(Operator[WorkerDoorConfig]):
     """Submits sequences and sends on what comes back, until the inputs have ended and nothing is inside."""
+
+    config_model = WorkerDoorConfig
 
     def _connect(self, mailbox: Mailbox[Any]) -> None:
         raise NotImplementedError

@@ -26,7 +26,10 @@ class MustReadFirst(Exception):
 
 
 class Planner:
-    """Plans hybrid steps: every decoding row gets a token, prompt chunks fill the rest of the token budget."""
+    """Plans hybrid steps: every decoding row gets a token, prompt chunks fill the rest of the token budget.
+
+    `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them.
+    """
 
     def __init__(
         self,
@@ -41,8 +44,8 @@ class Planner:
         self._table = table
         self._kv = kv
         self._max_step_tokens = max_step_tokens
-        self._max_prefill_batch = max_prefill_batch
-        self._max_decode_batch = max_decode_batch
+        self.max_prefill_batch = max_prefill_batch
+        self.max_decode_batch = max_decode_batch
         self._on_preempted = on_preempted
         self._leases_in_transit = leases_in_transit
         self._copies: list[BlockCopy] = []
@@ -75,9 +78,9 @@ class Planner:
         table = self._table
         while True:
             slots = np.flatnonzero(table.is_in(RowState.DECODE) & (table.launched < table.max_outputs))
-            if len(slots) > self._max_decode_batch:
+            if len(slots) > self.max_decode_batch:
                 # The rows with the fewest outputs first: nobody falls behind for long.
-                slots = slots[np.argsort(table.launched[slots], kind="stable")[: self._max_decode_batch]]
+                slots = slots[np.argsort(table.launched[slots], kind="stable")[: self.max_decode_batch]]
                 slots.sort()
             short = slots[table.computed[slots] >= table.num_blocks[slots] * table.block_size]
             if not len(short):
@@ -185,7 +188,7 @@ class Planner:
         chunks: list[PromptChunk] = []
         if budget <= 0 or not table.has(RowState.PREFILL):
             return chunks
-        slots = table.slots_in(RowState.PREFILL)[: self._max_prefill_batch]
+        slots = table.slots_in(RowState.PREFILL)[: self.max_prefill_batch]
         columns = (slots, table.epoch[slots], table.computed[slots], table.target[slots])
         for slot, epoch, start, target in zip(*(column.tolist() for column in columns), strict=True):
             end = min(target, start + budget)

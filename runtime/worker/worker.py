@@ -38,8 +38,8 @@ log = logging.getLogger("sageLLM")
 
 
 class Worker:
-    """Runs steps while there is something to compute. Everything but the `submit_*`, `cancel`, `reclaim` and `wake`
-    methods belongs to the thread (or task) that calls `step`."""
+    """Runs steps while there is something to compute. Everything but `submit_*`, `cancel`, `reclaim`, `wake` and the
+    planner's limits belongs to the thread (or task) that calls `step`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Worker:
         self._request_timeout_s = scheduler.request_timeout_s
         self._depth = 2 if scheduler.launch_ahead else 1
         self._table = ResidentTable(scheduler.max_batch_size, max_seq_len, leases.block_size)
-        self._planner = Planner(
+        self.planner = Planner(
             self._table,
             kv,
             max_step_tokens,
@@ -156,12 +156,12 @@ class Worker:
 
     def _launch_next(self) -> bool:
         try:
-            plan = self._planner.plan(len(self._unread))
+            plan = self.planner.plan(len(self._unread))
         except MustReadFirst:
             while self._unread:
                 self._read_oldest()
-            plan = self._planner.plan(0)
-        self._leases.paused = self._planner.has_preempted
+            plan = self.planner.plan(0)
+        self._leases.paused = self.planner.has_preempted
         if plan is None:
             return False
         try:
@@ -259,7 +259,7 @@ class Worker:
             self._table.set_blocks(first, lease.blocks)
             self._table.computed[first] = lease.hit_tokens
             if lease.copy is not None:
-                self._planner.add_copy(lease.copy)
+                self.planner.add_copy(lease.copy)
                 lease.copy = None
 
     def _refuse(self, sequence: Sequence, lease: Lease | None) -> None:
@@ -306,7 +306,7 @@ class Worker:
         self._collector.fill_choices(endings)
         self._commit_outputs(endings)
         slots = [slot for slot, _ in endings]
-        self._planner.forget(slots)
+        self.planner.forget(slots)
         finished: list[ResidentSequence] = []
         for slot in slots:
             row = table.rows[slot]
@@ -391,7 +391,7 @@ class Worker:
     @property
     def preemptions(self) -> int:
         """Rows that lost their blocks so far."""
-        return self._planner.preemptions
+        return self.planner.preemptions
 
 
 def _nobody(records: list[Any]) -> None:

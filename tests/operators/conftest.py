@@ -203,6 +203,19 @@ def null_engine():
 
 
 @pytest.fixture
+def plans_of(monkeypatch):
+    """`plans_of(engine)` -> a list that gets every step's plan."""
+
+    def record(engine):
+        plans, executor = [], engine.services.executor
+        launch = executor.launch
+        monkeypatch.setattr(executor, "launch", lambda plan: plans.append(plan) or launch(plan))
+        return plans
+
+    return record
+
+
+@pytest.fixture
 def on_loop(loop_name):
     """Run an async function with no arguments, on asyncio and on trio."""
     return lambda function: anyio.run(function, backend=loop_name)

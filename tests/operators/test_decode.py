@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from sageLLM.config import SageLLMConfig
+from sageLLM.engine import standard_pipeline
+from sageLLM.errors import PipelineError
+from sageLLM.graph import build_pipeline
 from sageLLM.operators.decode import Decode
 from sageLLM.operators.prefill import Prefill
 from sageLLM.operators.schedule import Schedule
@@ -14,7 +18,7 @@ def null_tokens(prompt_length, count):
     return [97 + (prompt_length + k) % 26 for k in range(count)]
 
 
-def run_decode(on_loop, engine, body):
+def run_decode(on_loop, engine, body, **config):
     """`body(prefilled, decode)`: `await prefilled(*sequences)` makes what decode takes."""
 
     async def main():
@@ -22,7 +26,7 @@ def run_decode(on_loop, engine, body):
             engine.services.running(),
             engine.stage(Schedule) as schedule,
             engine.stage(Prefill) as prefill,
-            engine.stage(Decode) as decode,
+            engine.stage(Decode, **config) as decode,
         ):
 
             async def prefilled(*sequences):
@@ -187,3 +191,29 @@ def test_what_was_reclaimed_on_the_way_comes_back_cancelled(on_loop, null_engine
         assert [choice.finish_reason for choice in sequence.choices] == ["cancelled"]
 
     run_decode(on_loop, engine, body)
+
+
+@pytest.mark.parametrize(("config", "widest"), [({}, 3), ({"max_batch": 2}, 2), ({"max_batch": 6}, 6)])
+def test_at_most_max_batch_sequences_a_step(on_loop, null_engine, plans_of, config, widest):
+    engine = null_engine(scheduler={"max_decode_batch": 3, "max_batch_size": 6})
+    sequences = [engine.sequence([n] * 3, max_new_tokens=5) for n in range(6)]
+    plans = plans_of(engine)
+
+    async def body(prefilled, decode):
+        await decode.put(*await prefilled(*sequences))
+        await decode.until(lambda: all(sequence.ended for sequence in sequences))
+        assert max(len(plan.decode_slots) for plan in plans) == widest
+
+    run_decode(on_loop, engine, body, **config)
+
+
+@pytest.mark.parametrize("stage", ["decode", "prefill"])
+def test_max_batch_beyond_what_runs_at_once_is_refused(stage):
+    pipeline = standard_pipeline(SageLLMConfig())
+    assert build_pipeline(pipeline, [f"operators.{stage}.max_batch=64"]).nodes[stage].config.max_batch == 64
+    with pytest.raises(PipelineError) as raised:
+        build_pipeline(pipeline, [f"operators.{stage}.max_batch=65"])
+    assert raised.value.problems == [
+        f"--set operators.{stage}.max_batch=65: operator {stage!r}, field 'max_batch': found 65, but 64 run at once; "
+        "write at most that, or raise engine.scheduler.max_batch_size"
+    ]

@@ -55,6 +55,19 @@ def test_a_long_prompt_is_computed_in_chunks_beside_others(on_loop, null_engine)
     run_prefill(on_loop, engine, body)
 
 
+@pytest.mark.parametrize(("config", "widest"), [({}, 3), ({"max_batch": 2}, 2), ({"max_batch": 6}, 6)])
+def test_at_most_max_batch_prompts_a_step(on_loop, null_engine, plans_of, config, widest):
+    engine = null_engine(scheduler={"max_prefill_batch": 3, "max_batch_size": 6})
+    sequences = [engine.sequence([n] * 4) for n in range(6)]
+    plans = plans_of(engine)
+
+    async def body(schedule, prefill):
+        assert set(await prefill.put(*await schedule.put(*sequences))) == set(sequences)
+        assert max(len(plan.chunks) for plan in plans) == widest
+
+    run_prefill(on_loop, engine, body, **config)
+
+
 def test_ended_sequences_pass_through_untouched(on_loop, null_engine):
     engine = null_engine(scheduler={"max_batch_size": 1})
     running, cancelled = engine.sequence([1]), engine.sequence([2], interactive=True)
