@@ -77,38 +77,10 @@ class MetricsSummary:
         return asdict(self)
 
 
-class MetricsConfig(OperatorConfig):
-    """`path` is a file for Prometheus' text format, replaced as a whole at most every `interval_s` and at the end."""
+class Figures:
+    """What was counted in a run."""
 
-    path: Annotated[str, Field(min_length=1)] | None = None
-    interval_s: Annotated[float, Field(gt=0)] = 5.0
-
-
-@operator("metrics")
-class Metrics(Operator[MetricsConfig]):
-    """Counts what passes: requests by finish reason, tokens, prefix hits, TTFT, TPOT, ITL, queue and E2E times.
-
-    Every record goes on unchanged and in order. `summary` gives the figures at any time, `expose` the same in
-    Prometheus' text format under vLLM's metric names (`sagellm:time_to_first_token_seconds` ...). Memory does not
-    grow with the number of requests.
-    """
-
-    config_model = MetricsConfig
-    inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DELTA, RecordKind.DEAD_LETTER})),)
-    outputs = (Port("out", same_as="in"),)
-    provides = frozenset({"measured"})
-    guarantee = "one record out for each record in, unchanged and in order"
-    writes = "path"
-    example = """\
-operators:
-  metrics: {type: metrics, path: metrics.prom, interval_s: 10}
-edges:
-  - detokenize -> metrics -> done
-"""
-
-    def __init__(self, config: MetricsConfig, context: OperatorContext) -> None:
-        super().__init__(config, context)
-        self.path = None if config.path is None else context.base_dir / config.path
+    def __init__(self) -> None:
         self._histograms = {name: Histogram(bounds) for name, (bounds, _) in _HISTOGRAMS.items()}
         self._counters = dict.fromkeys(_COUNTERS, 0)
         self._finish_reasons: dict[str, int] = {}
@@ -116,10 +88,9 @@ edges:
         self._first_arrival: float | None = None
         self._last_result = 0.0
         self._last_delta: dict[tuple[str, int], float] = {}
-        self._next_write = 0.0
 
-    async def process(self, records: list[Any], out: Outlet) -> None:
-        now = time.monotonic()
+    def count(self, records: list[Any], now: float) -> None:
+        """Count records that pass at monotonic time `now`."""
         completions: list[Completion] = []
         for record in records:
             if isinstance(record, Completion):
@@ -130,14 +101,6 @@ edges:
                 self._failed += 1
         if completions:
             self._count_completions(completions, now)
-        if self.path is not None and now >= self._next_write:
-            self._write_file()
-            self._next_write = now + self.config.interval_s
-        await out.send(records)
-
-    async def close(self) -> None:
-        if self.path is not None:
-            self._write_file()
 
     def summary(self) -> MetricsSummary:
         """The figures so far."""
@@ -223,6 +186,62 @@ edges:
     def _percentiles(self, name: str) -> Percentiles:
         histogram = self._histograms[name]
         return Percentiles(histogram.mean * 1000, *(histogram.quantile(q) * 1000 for q in (0.5, 0.9, 0.99)))
+
+
+class MetricsConfig(OperatorConfig):
+    """`path` is a file for Prometheus' text format, replaced as a whole at most every `interval_s` and at the end."""
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    interval_s: Annotated[float, Field(gt=0)] = 5.0
+
+
+@operator("metrics")
+class Metrics(Operator[MetricsConfig]):
+    """Counts what passes: requests by finish reason, tokens, prefix hits, TTFT, TPOT, ITL, queue and E2E times.
+
+    Every record goes on unchanged and in order. `summary` gives the figures at any time, `expose` the same in
+    Prometheus' text format under vLLM's metric names (`sagellm:time_to_first_token_seconds` ...). Memory does not
+    grow with the number of requests.
+    """
+
+    config_model = MetricsConfig
+    inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DELTA, RecordKind.DEAD_LETTER})),)
+    outputs = (Port("out", same_as="in"),)
+    provides = frozenset({"measured"})
+    guarantee = "one record out for each record in, unchanged and in order"
+    writes = "path"
+    example = """\
+operators:
+  metrics: {type: metrics, path: metrics.prom, interval_s: 10}
+edges:
+  - detokenize -> metrics -> done
+"""
+
+    def __init__(self, config: MetricsConfig, context: OperatorContext) -> None:
+        super().__init__(config, context)
+        self.path = None if config.path is None else context.base_dir / config.path
+        self._figures: Figures = context.kept.setdefault("figures", Figures())
+        self._next_write = 0.0
+
+    async def process(self, records: list[Any], out: Outlet) -> None:
+        now = time.monotonic()
+        self._figures.count(records, now)
+        await out.send(records)
+        if self.path is not None and now >= self._next_write:
+            self._write_file()
+            self._next_write = now + self.config.interval_s
+
+    async def close(self) -> None:
+        if self.path is not None:
+            self._write_file()
+
+    def summary(self) -> MetricsSummary:
+        """The figures so far, of all instances in the run."""
+        return self._figures.summary()
+
+    def expose(self) -> str:
+        """The same in Prometheus' text exposition format, version 0.0.4."""
+        return self._figures.expose()
 
     def _write_file(self) -> None:
         assert self.path is not None

@@ -90,6 +90,7 @@ class OperatorContext:
     base_dir: Path  # relative paths in the configuration start here
     request_drain: Callable[[str], None]  # ask the whole flow to drain, with the reason
     resume: ResumeIndex = field(default_factory=ResumeIndex)  # shared by the flow: what earlier runs finished
+    kept: dict[str, Any] = field(default_factory=dict)  # what an instance leaves to the one that replaces it
 
 
 ConfigT = TypeVar("ConfigT", bound=OperatorConfig)
@@ -120,7 +121,7 @@ class Operator(Generic[ConfigT]):
         self.context = context
 
     async def open(self) -> None:
-        """Acquire what the operator needs. Called again after a restart."""
+        """Acquire what the operator needs. After a failure a new instance is opened, with the same `context.kept`."""
 
     async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         """Consume record lists until the inputs end. Sources ignore `inlet` and return when they have no more."""

@@ -69,10 +69,10 @@ def test_inter_token_latency_comes_from_streaming_requests(measure, make_complet
     sequence = Sequence(Request("q1", stream=True), None, SamplingParams())
     deltas = [TokenDelta(sequence, 0, tokens) for tokens in ([1], [2], [3, 4])]
     operator, _ = measure(*([delta] for delta in deltas), [make_completion("q1", stream=True)])
-    histogram = operator._histograms["inter_token_latency_seconds"]
+    histogram = operator._figures._histograms["inter_token_latency_seconds"]
     assert (histogram.count, histogram.sum) == (3, pytest.approx(0.5))
     assert histogram.maximum == pytest.approx(0.2)
-    assert operator._last_delta == {}
+    assert operator._figures._last_delta == {}
 
 
 def test_prometheus_text(measure, make_completion, tmp_path):
