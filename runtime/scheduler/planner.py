@@ -76,11 +76,12 @@ class Planner:
 
     def _decode_slots(self, unread_steps: int) -> NDArray[np.int64]:
         table = self._table
+        limit = min(self.max_decode_batch, self._max_step_tokens)
         while True:
             slots = np.flatnonzero(table.is_in(RowState.DECODE) & (table.launched < table.max_outputs))
-            if len(slots) > self.max_decode_batch:
+            if len(slots) > limit:
                 # The rows with the fewest outputs first: nobody falls behind for long.
-                slots = slots[np.argsort(table.launched[slots], kind="stable")[: self.max_decode_batch]]
+                slots = slots[np.argsort(table.launched[slots], kind="stable")[:limit]]
                 slots.sort()
             short = slots[table.computed[slots] >= table.num_blocks[slots] * table.block_size]
             if not len(short):

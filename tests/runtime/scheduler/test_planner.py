@@ -62,6 +62,15 @@ def test_no_row_starves_when_decode_is_narrower_than_the_batch(recorded):
     assert max(len(plan.decode_slots) for plan in plans) == 2
 
 
+def test_no_step_is_longer_than_its_budget_when_more_rows_decode_than_that(recorded):
+    b, plans = recorded(max_step_tokens=4)
+    sequence = b.sequence([1] * 3, max_new_tokens=9, n=8)
+    b.offer(sequence)
+    b.run()
+    assert [len(choice.output_tokens) for choice in sequence.choices] == [9] * 8
+    assert max(plan.num_tokens for plan in plans) == 4
+
+
 def test_positions_and_tables_match_the_row(recorded):
     b, plans = recorded(block_size=4)
     b.offer(b.sequence(range(7), max_new_tokens=4))
