@@ -127,7 +127,7 @@ class Choice:
 class Timings:
     """When things happened to a sequence; `None` is "not yet"."""
 
-    queued: float | None = None  # entered `schedule`
+    queued: float | None = None  # entered `schedule`: its queue_timeout_s begins
     scheduled: float | None = None  # got its lease
     first_token: float | None = None
     last_token: float | None = None
@@ -175,7 +175,8 @@ class TokenDelta:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Measured, in milliseconds; `tpot_ms` is the mean over output tokens after the first, 0 with fewer than two."""
+    """Measured, in milliseconds. `queue_ms`, `ttft_ms` and `e2e_ms` begin with the request's arrival, so the first is
+    part of the others; `tpot_ms` is the mean over output tokens after the first, 0 with fewer than two."""
 
     queue_ms: float = 0.0
     ttft_ms: float = 0.0

@@ -158,8 +158,8 @@ def measure(sequence: Sequence) -> RequestMetrics:
     """A finished sequence's times in milliseconds; TPOT is over the longest choice."""
     timings, arrival = sequence.timings, sequence.request.arrival
     metrics = RequestMetrics(prefix_hit_tokens=sequence.prefix_hit_tokens)
-    if timings.queued is not None and timings.scheduled is not None:
-        metrics.queue_ms = (timings.scheduled - timings.queued) * 1000
+    if timings.scheduled is not None:
+        metrics.queue_ms = (timings.scheduled - arrival) * 1000
     if timings.first_token is not None:
         metrics.ttft_ms = (timings.first_token - arrival) * 1000
         count = max(len(choice.output_tokens) for choice in sequence.choices)

@@ -27,7 +27,7 @@ _HISTOGRAMS = {
     "inter_token_latency_seconds": (_TOKEN_S, "Between tokens of streaming requests; k tokens at once count k times."),
     "request_time_per_output_token_seconds": (_TOKEN_S, "Mean over a request's tokens after the first."),
     "e2e_request_latency_seconds": (_REQUEST_S, "From the request's arrival to its last token."),
-    "request_queue_time_seconds": (_REQUEST_S, "Waiting for a lease."),
+    "request_queue_time_seconds": (_REQUEST_S, "From the request's arrival until it was scheduled."),
     "request_prompt_tokens": (_TOKENS, "Prompt tokens per request."),
     "request_generation_tokens": (_TOKENS, "Output tokens per request, all choices."),
 }

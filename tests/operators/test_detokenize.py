@@ -70,7 +70,7 @@ def test_a_sequence_becomes_a_completion_with_its_times(detokenize):
     (completion,) = detokenize([[sequence]])
     assert (completion.choices, choice.text, completion.prompt_length) == ([choice], "abcde", 3)
     assert completion.metrics.to_dict() == {
-        "queue_ms": 500.0, "ttft_ms": 2000.0, "tpot_ms": 250.0, "e2e_ms": 3250.0, "prefix_hit_tokens": 2
+        "queue_ms": 1500.0, "ttft_ms": 2000.0, "tpot_ms": 250.0, "e2e_ms": 3250.0, "prefix_hit_tokens": 2
     }  # fmt: skip
 
 
