@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernels import load_library
+from .kernels import load_library, may_use_amx
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,11 @@ class CPUCapability:
     onednn: bool  # oneDNN's prepacked product
     avx512_bfloat16: bool = False
     kernels: bool = False  # our own, for AVX512-bf16: see `kernels.py`
-    amx: bool = False  # oneDNN's product of many bfloat16 rows is then several times faster than ours
+    amx: bool = False  # and their products on AMX
 
     def packs_itself(self, weight: torch.Tensor, dtype: torch.dtype) -> bool:
         """Whether a product with this weight is made by our own kernels."""
-        return self.kernels and not self.amx and dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
+        return self.kernels and dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
     @classmethod
     def probe(cls) -> CPUCapability:
@@ -37,5 +37,5 @@ class CPUCapability:
             onednn=onednn,
             avx512_bfloat16=avx512,
             kernels=avx512 and load_library() is not None,
-            amx=amx,
+            amx=may_use_amx(),
         )

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from ..base import StepLayout
 
 PANEL = 64  # outputs of a packed weight that lie together
+AMX_PAIRS = 16  # pairs of inputs that AMX takes at once
 MAX_ROWS = 64  # queries times heads that one task of attention takes
 MAX_HEAD_DIM = 256
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _SIGNATURES: dict[str, list[Any]] = {
-    "sagellm_linear": [_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 6],
+    "sagellm_linear": [_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 7],
     "sagellm_attend": [_POINTER],
     "sagellm_rms_norm": [_POINTER, _LONG, _POINTER, _LONG, *[_POINTER] * 2, *[_LONG] * 3, ctypes.c_float, _LONG],
     "sagellm_rope": [_POINTER, _LONG, *[_POINTER] * 2, *[_LONG] * 4],
@@ -53,6 +54,16 @@ def load_library() -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def may_use_amx() -> bool:
+    """Whether the processor has AMX for bfloat16 and the system lets this process use it."""
+    library = load_library()
+    if library is None or not torch.cpu._is_amx_tile_supported():
+        return False
+    library.sagellm_amx_allow.restype = _LONG
+    return bool(library.sagellm_amx_allow() == 0)
+
+
 def _library() -> ctypes.CDLL:
     library = load_library()
     assert library is not None, "asked for only where they were built"
@@ -66,10 +77,13 @@ class PackedLinear:
     others. A gated one takes [2I, in], the gate first, and returns silu(gate) * up, [T, I].
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, threads: int, gated: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, threads: int, gated: bool = False, amx: bool = False
+    ) -> None:
         outputs, depth = weight.shape
         self._width = outputs // 2 if gated else outputs
         self._gated, self._threads, self._pairs = gated, threads, depth // 2
+        self._amx = amx and self._pairs % AMX_PAIRS == 0
         panels = _panels(weight.to(torch.bfloat16), gated).view(-1, PANEL, depth // 2, 2).transpose(1, 2)
         self._weight = ask_huge_pages(torch.empty(panels.shape, dtype=panels.dtype)).copy_(panels)
         self._bias = None if bias is None else _panels(bias.float()[:, None], gated)
@@ -83,7 +97,7 @@ class PackedLinear:
         bias = None if self._bias is None else self._bias.data_ptr()
         self._call(
             x.data_ptr(), x.stride(0), self._weight.data_ptr(), bias, out.data_ptr(), self._width,
-            rows, self._pairs, self._width, self._gated, self._threads,
+            rows, self._pairs, self._width, self._gated, self._amx, self._threads,
         )  # fmt: skip
         return out
 

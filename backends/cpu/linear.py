@@ -2,9 +2,8 @@
 
 Four packings, by element type and by what the weight's values allow:
 
-- bfloat16 on AVX512-bf16: our own layout and kernels, see `kernels.py`.
-- bfloat16 on AMX, or without our kernels: oneDNN's blocked layout, bfloat16 activations; where the processor multiplies
-  bfloat16 in hardware.
+- bfloat16 on AVX512-bf16 and AMX: our own layout and kernels, see `kernels.py`.
+- bfloat16 on such a processor without our kernels: oneDNN's blocked layout, bfloat16 activations.
 - half: FBGEMM's blocked layout of float16 weights, float32 activations and sums. Weights that came from a bfloat16 or
   float16 checkpoint survive it to float32's precision, so this is a float32 product that reads half the bytes.
 - float32: oneDNN's blocked layout.
@@ -84,7 +83,7 @@ def pack_linear(
 ) -> Linear:
     """The fastest product for a weight [out, in] with activations of `dtype` on a processor of that capability."""
     if capability.packs_itself(weight, dtype):
-        return PackedLinear(weight, bias, threads, gated)
+        return PackedLinear(weight, bias, threads, gated, capability.amx)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if dtype is torch.float32 and weight.numel() >= SMALL_WEIGHT and capability.half_weights and fits_half(weight):

@@ -16,6 +16,7 @@ HERE = CPUCapability.probe()
 AVX2 = CPUCapability(native_bfloat16=False, half_weights=True, onednn=True)
 AVX512 = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True)
 OURS = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True, kernels=True)
+AMX = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True, kernels=True, amx=True)
 ODD = CPUCapability(native_bfloat16=False, half_weights=False, onednn=False)
 
 needs_fbgemm = pytest.mark.skipif(not HERE.half_weights, reason="this torch has no FBGEMM")
@@ -23,6 +24,7 @@ needs_onednn_bfloat16 = pytest.mark.skipif(
     not (HERE.onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="oneDNN has no bfloat16 here"
 )
 needs_kernels = pytest.mark.skipif(not HERE.kernels, reason="no AVX512-bf16, or kernels not compiled")
+needs_amx = pytest.mark.skipif(not HERE.amx, reason="no AMX, or kernels not compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -62,20 +64,22 @@ def test_equals_float64(capability, checkpoint, dtype, kind, tolerance, shape, w
     check(linear, weight, bias, dtype, tolerance)
 
 
-@needs_kernels
+@pytest.mark.parametrize(
+    "capability", [pytest.param(OURS, marks=needs_kernels), pytest.param(AMX, marks=needs_amx)], ids=["avx512", "amx"]
+)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("outputs", "depth"), [(64, 2), (130, 1030), (200, 3000)])
-def test_our_kernel_equals_float64_and_a_row_does_not_depend_on_the_batch(outputs, depth, threads) -> None:
+@pytest.mark.parametrize(("outputs", "depth"), [(64, 2), (130, 1030), (200, 3008), (64, 32)])
+def test_our_kernel_equals_float64_and_a_row_does_not_depend_on_the_batch(outputs, depth, threads, capability) -> None:
     """Over several depths and chunks of rows; the same bits for a row alone and in any batch."""
     torch.manual_seed(0)
     weight, bias = (torch.randn(outputs, depth) / depth**0.5).bfloat16(), torch.randn(outputs).bfloat16()
-    linear = pack_linear(weight, bias, torch.bfloat16, OURS, threads)
+    linear = pack_linear(weight, bias, torch.bfloat16, capability, threads)
     x = torch.randn(410, depth).bfloat16()
     together = linear(x)
     torch.testing.assert_close(
         together.double(), torch.nn.functional.linear(x.double(), weight.double(), bias.double()), rtol=0.01, atol=0.01
     )
-    for rows in (1, 2, 5, 6, 7, 12, 13, 16, 18, 24, 25, 193, 409):
+    for rows in (1, 2, 5, 6, 7, 12, 13, 16, 18, 24, 25, 31, 32, 33, 48, 193, 409):
         assert torch.equal(linear(x[:rows]), together[:rows])
     assert torch.equal(linear(x[::2]), together[::2])  # rows that do not lie close
 
@@ -95,9 +99,8 @@ def test_our_gated_kernel_equals_float64(inner, with_bias) -> None:
         torch.testing.assert_close(linear(x).double(), gate * gate.sigmoid() * up, rtol=0.01, atol=0.01)
 
 
-def test_amx_and_odd_depths_keep_onednn_and_torch() -> None:
-    amx = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True, kernels=True, amx=True)
-    assert not amx.packs_itself(torch.empty(4, 4), torch.bfloat16)
+def test_what_our_kernel_does_not_take() -> None:
+    assert OURS.packs_itself(torch.empty(4, 4), torch.bfloat16)
     assert not OURS.packs_itself(torch.empty(4, 3), torch.bfloat16)
     assert not OURS.packs_itself(torch.empty(4, 4), torch.float32)
 

@@ -6,7 +6,7 @@
 #include "tile.h"
 
 #define DEPTH 512
-#define CHUNK_ROWS 192
+#define CHUNK_ROWS 192 /* a multiple of 16, for AMX */
 #define STREAM_AHEAD 4096 /* bytes, for the one tile that a few rows make */
 
 static void multiply(const bf16 *x, long x_stride, const bf16 *panel, int rows, long pairs, float (*sums)[PANEL])
@@ -60,22 +60,36 @@ static void finish(float (*sums)[PANEL], int rows, const float *bias, bf16 *out,
         }
 }
 
+void amx_begin(void);
+void amx_multiply(const bf16 *x, long x_stride, const bf16 *panel, int rows, long pairs, float (*sums)[PANEL]);
+void amx_end(void);
+
 /* x [rows][2 * pairs], rows x_stride elements apart; bias [panels][64] float32 or null, in the panels' order;
    out [rows][width], rows out_stride elements apart. */
 EXPORT void sagellm_linear(const bf16 *x, long x_stride, const bf16 *weight, const float *bias, bf16 *out,
-                           long out_stride, long rows, long pairs, long width, long gated, long threads)
+                           long out_stride, long rows, long pairs, long width, long gated, long amx, long threads)
 {
     long outputs = gated ? PANEL / 2 : PANEL, panels = (width + outputs - 1) / outputs;
     long chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long task = 0; task < panels * chunks; task++) {
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+    {
         float sums[CHUNK_ROWS][PANEL] __attribute__((aligned(64)));
-        long panel = task / chunks, first = task % chunks * CHUNK_ROWS;
-        int count = (int)(rows - first < CHUNK_ROWS ? rows - first : CHUNK_ROWS);
-        int inside = (int)(width - panel * outputs < outputs ? width - panel * outputs : outputs);
-        const float *own_bias = bias ? bias + panel * PANEL : 0;
-        bf16 *to = out + first * out_stride + panel * outputs;
-        multiply(x + first * x_stride, x_stride, weight + panel * pairs * 2 * PANEL, count, pairs, sums);
-        finish(sums, count, own_bias, to, out_stride, inside, gated);
+        if (amx)
+            amx_begin();
+#pragma omp for schedule(static) nowait
+        for (long task = 0; task < panels * chunks; task++) {
+            long panel = task / chunks, first = task % chunks * CHUNK_ROWS;
+            int count = (int)(rows - first < CHUNK_ROWS ? rows - first : CHUNK_ROWS);
+            int inside = (int)(width - panel * outputs < outputs ? width - panel * outputs : outputs);
+            const bf16 *from = x + first * x_stride, *own_weight = weight + panel * pairs * 2 * PANEL;
+            if (amx)
+                amx_multiply(from, x_stride, own_weight, count, pairs, sums);
+            else
+                multiply(from, x_stride, own_weight, count, pairs, sums);
+            finish(sums, count, bias ? bias + panel * PANEL : 0, out + first * out_stride + panel * outputs, out_stride,
+                   inside, gated);
+        }
+        if (amx)
+            amx_end();
     }
 }
