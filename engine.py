@@ -209,7 +209,7 @@ class SageLLMEngine:
 
         pipeline = build_pipeline(standard_pipeline(self.config), base_dir=Path.cwd())
         services = EngineServices(pipeline.engine)
-        await anyio.to_thread.run_sync(services.load)
+        services.load()  # nothing else runs on this loop yet
         flow = assemble(pipeline, services)
         flow.ledger.on_settled(lambda settled: _tell_callers(flow, services.calls, settled))
         self._services, self._flow = services, flow
