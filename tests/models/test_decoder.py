@@ -67,11 +67,11 @@ def test_logits_and_greedy_tokens_equal_transformers_in_float32(name, checkpoint
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2", "qwen3"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name, backend, checkpoint_folder, load, paged_runner):
     """Two roundings of the same sums: ours is no further from float32 than transformers' own bfloat16, the greedy
-    tokens agree, and where they do not it was a near tie."""
+    tokens agree with float32's as often, and where they do not it was a near tie."""
     folder = checkpoint_folder(name, "bfloat16")
     theirs, model = reference(folder), load(folder, backend, dtype="bfloat16")
     exact = copy.deepcopy(theirs).to(torch.float32)
-    agreed = total = 0
+    agreed = theirs_agreed = 0
     errors = torch.zeros(2)
     for seed in range(4):
         prompt = tokens(40, seed)
@@ -82,10 +82,10 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(name, backend, check
         errors += torch.stack([(mine - expected).norm(), (other - expected).norm()])
         best, top = mine.argmax(-1), expected.max(-1).values
         agreed += int((best == expected.argmax(-1)).sum())
-        total += len(prompt)
+        theirs_agreed += int((other.argmax(-1) == expected.argmax(-1)).sum())
         lost = top - expected.gather(1, best[:, None])[:, 0]
         assert float(lost.max()) < 0.08 * float(expected.std())
-    assert agreed >= 0.95 * total
+    assert agreed >= 0.95 * theirs_agreed
     assert errors[0] <= 1.02 * errors[1]
 
 
