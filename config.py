@@ -183,6 +183,7 @@ class BackendConfig(Config):
     backend_type: Backend = None
     device_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
     threads: Annotated[int, Field(ge=0)] = 0
+    cpu_kernels: Literal["auto", "torch"] = "auto"
     tensor_parallel_size: Positive = 1
     pipeline_parallel_size: Positive = 1
 

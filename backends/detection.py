@@ -21,8 +21,8 @@ def detect_backend(config: BackendConfig) -> Backend:
     physical core) within the control group's quota.
 
     Raises:
-        ConfigError: CUDA is asked for and torch sees none, there is no device with that id, or threads are asked for
-            where the device is no CPU.
+        ConfigError: CUDA is asked for and torch sees none, there is no device with that id, or threads or kernels of
+            the CPU are asked for where the device is none.
     """
     _shorten_spinning()
     import torch
@@ -41,11 +41,12 @@ def detect_backend(config: BackendConfig) -> Backend:
             )
         if index >= count:
             raise ConfigError(f"backend.device_ids: found {index}, but the CUDA devices are 0 to {count - 1}")
-        if config.threads:
-            raise ConfigError(
-                f"backend.threads: found {config.threads}, but they are the CPU's and the device is CUDA: "
-                "leave it out, or write `backend_type: cpu`"
-            )
+        for name, value, default in (("threads", config.threads, 0), ("cpu_kernels", config.cpu_kernels, "auto")):
+            if value != default:
+                raise ConfigError(
+                    f"backend.{name}: found {value}, but it is the CPU's and the device is CUDA: "
+                    "leave it out, or write `backend_type: cpu`"
+                )
         return CUDABackend(torch.device("cuda", index))
 
     if config.device_ids != [0]:
@@ -57,7 +58,7 @@ def detect_backend(config: BackendConfig) -> Backend:
 
     default = torch.get_num_threads()
     torch.set_num_threads(config.threads or min(default, cpu_quota() or default))
-    return make_cpu_backend()
+    return make_cpu_backend(allow_kernels=config.cpu_kernels == "auto")
 
 
 def _shorten_spinning() -> None:

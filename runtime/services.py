@@ -216,5 +216,8 @@ class EngineServices:
 
 
 def _refuse_device(backend: BackendConfig) -> None:
-    if backend.backend_type is BackendType.CUDA or backend.device_ids != [0] or backend.threads:
-        raise ConfigError("backend: builtin:null runs on no device: leave backend_type, device_ids and threads out")
+    asks = backend.device_ids != [0] or backend.threads or backend.cpu_kernels != "auto"
+    if backend.backend_type is BackendType.CUDA or asks:
+        raise ConfigError(
+            "backend: builtin:null runs on no device: leave backend_type, device_ids, threads and cpu_kernels out"
+        )

@@ -1,13 +1,12 @@
-"""A CPU that multiplies bfloat16 in hardware: our own kernels for bfloat16, torch's for everything else."""
+"""A CPU that multiplies bfloat16 in hardware: our own kernels for bfloat16, torch's operations for everything else."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from . import kernels
 from .backend import CPUBackend
+from .kernels import has_dense_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
 class AVX512Backend(CPUBackend):
     """`Backend` with the kernels of `native/`. In bfloat16 a row's result depends neither on the rest of the batch nor
-    on how its prompt was cut into chunks, bit for bit, where the shapes suit the kernels (every common model's do)."""
+    on how its prompt was cut into chunks, bit for bit, as long as values are finite and the shapes suit the kernels
+    (those of every common model do)."""
 
     def plan_attention(self, layout: StepLayout, kv: Tensor, num_heads: int) -> Any:
         if kernels.PagedAttention.supports(kv, num_heads):
@@ -30,21 +30,25 @@ class AVX512Backend(CPUBackend):
         return super().attend(q, k, v, kv, layer, plan, scale)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if _suits(x, 16):
+        if _norms(weight, x):
             return kernels.rms_norm(None, x, weight, eps, self.threads)
         return super().rms_norm(x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if _suits(x, 16):
+        if _norms(weight, x, residual):
             return kernels.rms_norm(x, residual, weight, eps, self.threads), residual
         return super().add_rms_norm(x, residual, weight, eps)
 
     def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if _suits(x, 32):
+        tokens, _, dim = x.shape
+        tables = all(table.shape == (tokens, 1, dim) and table.is_contiguous() for table in (cos, sin))
+        if tables and dim % 32 == 0 and all(map(has_dense_rows, (x, cos, sin))):
             kernels.rotate(x, cos, sin, self.threads)
             return x
         return super().apply_rope(x, cos, sin)
 
 
-def _suits(x: Tensor, multiple: int) -> bool:
-    return x.dtype is torch.bfloat16 and x.shape[-1] % multiple == 0
+def _norms(weight: Tensor, *rows: Tensor) -> bool:
+    fits = all(x.dim() == weight.dim() + 1 and x.shape[1:] == weight.shape for x in rows)
+    dense = weight.is_contiguous() and all(map(has_dense_rows, (weight, *rows)))
+    return fits and dense and weight.shape[-1] % 16 == 0

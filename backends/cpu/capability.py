@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from .kernels import load_library, may_use_amx
+from .kernels import KernelsUnavailable, load_library
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,6 @@ class CPUCapability:
     native_bfloat16: bool  # AVX512-bf16 or AMX: bfloat16 products in hardware, not emulated
     half_weights: bool  # FBGEMM's float32 x float16-weight product
     onednn: bool  # oneDNN's prepacked product
-    avx512_bfloat16: bool = False
     kernels: bool = False  # our own, for AVX512-bf16: see `kernels.py`
     amx: bool = False  # and their products on AMX
 
@@ -25,17 +25,19 @@ class CPUCapability:
         return self.kernels and dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
     @classmethod
-    def probe(cls) -> CPUCapability:
-        """Ask torch and the processor."""
+    def probe(cls, allow_kernels: bool = True) -> CPUCapability:
+        """Ask torch, the processor and, unless told not to, our kernels."""
         onednn = bool(torch._C._has_mkldnn)
-        avx512, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+        supported = 0
+        if allow_kernels:
+            with suppress(KernelsUnavailable):
+                supported = load_library().sagellm_supported()
         return cls(
             native_bfloat16=onednn
             and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            and (avx512 or amx),
+            and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()),
             half_weights="fbgemm" in torch.backends.quantized.supported_engines,
             onednn=onednn,
-            avx512_bfloat16=avx512,
-            kernels=avx512 and load_library() is not None,
-            amx=may_use_amx(),
+            kernels=bool(supported & 1),
+            amx=bool(supported & 2),
         )

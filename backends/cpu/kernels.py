@@ -25,48 +25,50 @@ if TYPE_CHECKING:
 
     from ..base import StepLayout
 
+ABI = 3  # of native/tile.h
 PANEL = 64  # outputs of a packed weight that lie together
 AMX_PAIRS = 16  # pairs of inputs that AMX takes at once
 MAX_ROWS = 64  # queries times heads that one task of attention takes
 MAX_HEAD_DIM = 256
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
-_SIGNATURES: dict[str, list[Any]] = {
-    "sagellm_linear": [_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 7],
-    "sagellm_attend": [_POINTER],
-    "sagellm_rms_norm": [_POINTER, _LONG, _POINTER, _LONG, *[_POINTER] * 2, *[_LONG] * 3, ctypes.c_float, _LONG],
-    "sagellm_rope": [_POINTER, _LONG, *[_POINTER] * 2, *[_LONG] * 4],
-}
+_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
+    "sagellm_abi": ([], _LONG),
+    "sagellm_supported": ([], _LONG),
+    "sagellm_linear": ([_POINTER, _LONG, *[_POINTER] * 3, *[_LONG] * 7], None),
+    "sagellm_attend": ([_POINTER], None),
+    "sagellm_rms_norm": (
+        [_POINTER, _LONG, _POINTER, _LONG, *[_POINTER] * 2, *[_LONG] * 3, ctypes.c_float, _LONG], None
+    ),
+    "sagellm_rope": ([_POINTER, _LONG, *[_POINTER] * 2, *[_LONG] * 4], None),
+}  # fmt: skip
+
+
+class KernelsUnavailable(Exception):
+    """The compiled kernels cannot be used; the message says why."""
 
 
 @cache
-def load_library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if this installation was made without a C compiler."""
+def load_library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        KernelsUnavailable: they were not compiled, or are not those that this version calls.
+    """
     folder = Path(__file__).parent
     built = (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
     path = next((path for path in built if path.exists()), None)
     if path is None:
-        return None
-    library = ctypes.CDLL(str(path))
-    for name, arguments in _SIGNATURES.items():
-        function: Any = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
-    return library
-
-
-@cache
-def may_use_amx() -> bool:
-    """Whether the processor has AMX for bfloat16 and the system lets this process use it."""
-    library = load_library()
-    if library is None or not torch.cpu._is_amx_tile_supported():
-        return False
-    library.sagellm_amx_allow.restype = _LONG
-    return bool(library.sagellm_amx_allow() == 0)
-
-
-def _library() -> ctypes.CDLL:
-    library = load_library()
-    assert library is not None, "asked for only where they were built"
+        raise KernelsUnavailable("they were not compiled when sageLLM was installed, for want of gcc or another reason")
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (arguments, result) in _SIGNATURES.items():
+            function: Any = getattr(library, name)
+            function.argtypes, function.restype = arguments, result
+    except (OSError, AttributeError) as error:
+        raise KernelsUnavailable(f"{path.name} cannot be loaded: {error}") from error
+    if library.sagellm_abi() != ABI:
+        raise KernelsUnavailable(f"{path.name} was compiled from another version's sources")
     return library
 
 
@@ -84,12 +86,18 @@ class PackedLinear:
         self._width = outputs // 2 if gated else outputs
         self._gated, self._threads, self._pairs = gated, threads, depth // 2
         self._amx = amx and self._pairs % AMX_PAIRS == 0
-        panels = _panels(weight.to(torch.bfloat16), gated).view(-1, PANEL, depth // 2, 2).transpose(1, 2)
-        self._weight = ask_huge_pages(torch.empty(panels.shape, dtype=panels.dtype)).copy_(panels)
-        self._bias = None if bias is None else _panels(bias.float()[:, None], gated)
-        self._call: Callable[..., None] = _library().sagellm_linear
+        panels = -(-self._width // (PANEL // 2 if gated else PANEL))
+        self._weight = ask_huge_pages(torch.empty(panels, self._pairs, PANEL, 2, dtype=torch.bfloat16))
+        _fill_panels(self._weight.transpose(1, 2), weight.reshape(outputs, -1, 2), gated)
+        self._bias: Tensor | None = None
+        if bias is not None:
+            self._bias = torch.empty(panels, PANEL)
+            _fill_panels(self._bias, bias, gated)
+        self._call: Callable[..., None] = load_library().sagellm_linear
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.bfloat16 or x.dim() != 2 or x.shape[1] != 2 * self._pairs:
+            raise ValueError(f"found {x.dtype} {list(x.shape)}, the product takes bfloat16 [T, {2 * self._pairs}]")
         if x.stride(1) != 1:
             x = x.contiguous()
         rows = x.shape[0]
@@ -102,14 +110,17 @@ class PackedLinear:
         return out
 
 
-def _panels(rows: Tensor, gated: bool) -> Tensor:
-    """[outputs, n] -> [panels, 64, n], the last one filled with zeros; gated: half of each gate, half up."""
-    width = PANEL // 2 if gated else PANEL
-    parts = []
-    for part in rows.chunk(2) if gated else (rows,):
-        short = -part.shape[0] % width
-        parts.append(torch.nn.functional.pad(part, (0, 0, 0, short)).view(-1, width, part.shape[1]))
-    return torch.cat(parts, dim=1).contiguous()
+def _fill_panels(panels: Tensor, rows: Tensor, gated: bool) -> None:
+    """Copy rows [outputs, ...] to panels [N, 64, ...], the last filled up with zeros; gated: half of each gate, half
+    up."""
+    panels[-1] = 0
+    parts = rows.chunk(2) if gated else (rows,)
+    width = PANEL // len(parts)
+    for index, part in enumerate(parts):
+        full, own = part.shape[0] // width, panels[:, index * width : (index + 1) * width]
+        own[:full].copy_(part[: full * width].reshape(full, width, *part.shape[1:]))
+        if part.shape[0] % width:
+            own[full, : part.shape[0] % width].copy_(part[full * width :])
 
 
 class _AttentionCall(ctypes.Structure):
@@ -124,7 +135,7 @@ class _AttentionCall(ctypes.Structure):
 
 
 class PagedAttention:
-    """The attention of one step, planned once for all its layers over a pool [N, L, 2, K, P, D]."""
+    """The attention of one step, planned once for all its layers over a pool [N, L, 2, K, P, D]. For one thread."""
 
     def __init__(self, layout: StepLayout, kv: Tensor, num_heads: int, threads: int) -> None:
         _, _, _, num_kv_heads, block_size, head_dim = kv.shape
@@ -132,10 +143,9 @@ class PagedAttention:
         run_tokens = max(1, MAX_ROWS // group)
         lengths = torch.tensor([0, *layout.query_lens])
         runs = (lengths + run_tokens - 1) // run_tokens
+        arrays = (layout.slots, layout.block_tables, layout.context_lens, lengths.cumsum(0), runs.cumsum(0))
         # The call holds addresses: these are kept as long as it.
-        self._arrays = (
-            layout.slots, layout.block_tables.contiguous(), layout.context_lens, lengths.cumsum(0), runs.cumsum(0)
-        )  # fmt: skip
+        self._arrays = tuple(array.to(torch.int64).contiguous() for array in arrays)
         self._kv = kv
         self._call = call = _AttentionCall()
         pointers = [tensor.data_ptr() for tensor in self._arrays]
@@ -144,18 +154,23 @@ class PagedAttention:
         call.sequences, call.tokens = len(layout.query_lens), layout.slots.shape[0]
         call.kv_heads, call.group, call.dim, call.block_size = num_kv_heads, group, head_dim, block_size
         call.run_tokens, call.threads = run_tokens, threads
-        self._attend: Callable[..., None] = _library().sagellm_attend
+        self._attend: Callable[..., None] = load_library().sagellm_attend
 
     @staticmethod
     def supports(kv: Tensor, num_heads: int) -> bool:
         """Whether the kernel takes a pool of that shape and dtype."""
         head_dim = kv.shape[5]
         fits = head_dim % 32 == 0 and head_dim <= MAX_HEAD_DIM and num_heads <= MAX_ROWS * kv.shape[3]
-        return kv.dtype is torch.bfloat16 and fits
+        return kv.dtype is torch.bfloat16 and kv.is_contiguous() and fits
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
         """See `Backend.attend`."""
         call = self._call
+        q, k, v = (x if has_dense_rows(x) else x.contiguous() for x in (q, k, v))
+        heads = (call.kv_heads * call.group, call.kv_heads, call.kv_heads)
+        if any(x.shape != (call.tokens, n, call.dim) for x, n in zip((q, k, v), heads, strict=True)):
+            shapes = [list(x.shape) for x in (q, k, v)]
+            raise ValueError(f"found q, k, v {shapes}, planned {call.tokens} tokens, {heads} heads of {call.dim}")
         out = q.new_empty(q.shape)
         call.q, call.k, call.v, call.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         call.pool = self._kv.data_ptr() + layer * self._kv.stride(1) * self._kv.element_size()
@@ -164,11 +179,16 @@ class PagedAttention:
         return out
 
 
+def has_dense_rows(x: Tensor) -> bool:
+    """Whether x [T, ...] is bfloat16 and the elements of each token lie close, in order."""
+    return x.dtype is torch.bfloat16 and (x.is_contiguous() or x[:1].is_contiguous())
+
+
 def rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, threads: int) -> Tensor:
     """residual += x (if any), then residual / rms(residual) * weight; x and residual [T, D], or [T, H, D] with a weight
     for each head. D must be a multiple of 16, and a token's elements lie close."""
     out = residual.new_empty(residual.shape)
-    _library().sagellm_rms_norm(
+    load_library().sagellm_rms_norm(
         None if x is None else x.data_ptr(), 0 if x is None else x.stride(0), residual.data_ptr(), residual.stride(0),
         weight.data_ptr(), out.data_ptr(), residual.shape[0], weight.numel() // weight.shape[-1], weight.shape[-1],
         eps, threads,
@@ -179,4 +199,4 @@ def rms_norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float, thr
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, threads: int) -> None:
     """`Backend.apply_rope` in place; D must be a multiple of 32."""
     tokens, heads, dim = x.shape
-    _library().sagellm_rope(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, threads)
+    load_library().sagellm_rope(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, threads)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sageLLM.backends import detect_backend, host
+from sageLLM.backends.cpu import CPUBackend
 from sageLLM.config import BackendConfig
 from sageLLM.errors import ConfigError
 
@@ -60,11 +61,19 @@ def test_a_device_id_of_the_cpu_is_refused() -> None:
         detect_backend(BackendConfig(backend_type="cpu", device_ids=[1]))
 
 
-def test_threads_of_a_cuda_device_are_refused(monkeypatch) -> None:
+def test_threads_and_kernels_of_a_cuda_device_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="found 4, but they are the CPU's and the device is CUDA: leave it out"):
+    with pytest.raises(ConfigError, match="found 4, but it is the CPU's and the device is CUDA: leave it out"):
         detect_backend(BackendConfig(threads=4))
+    with pytest.raises(ConfigError, match="backend.cpu_kernels: found torch"):
+        detect_backend(BackendConfig(cpu_kernels="torch"))
+
+
+def test_torchs_operations_can_be_asked_for() -> None:
+    backend = detect_backend(BackendConfig(backend_type="cpu", cpu_kernels="torch"))
+    assert type(backend) is CPUBackend
+    assert not backend.capability.kernels
 
 
 @pytest.mark.parametrize(

@@ -12,5 +12,5 @@ from sageLLM.runtime.services import EngineServices
 @pytest.mark.parametrize("backend", [{"backend_type": "cuda"}, {"device_ids": [1]}, {"threads": 2}])
 def test_the_null_model_refuses_a_device(backend):
     config = SageLLMConfig.model_validate({"model": {"model_id": "builtin:null"}, "backend": backend})
-    with pytest.raises(ConfigError, match="leave backend_type, device_ids and threads out"):
+    with pytest.raises(ConfigError, match="leave backend_type, device_ids, threads and cpu_kernels out"):
         EngineServices(config).load()

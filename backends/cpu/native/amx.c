@@ -10,12 +10,10 @@
 
 #define ROWS 16  /* of a tile register */
 #define STEP 16  /* pairs of k in it */
-#define DEPTH 512
 
-/* Ask the system for the tile registers; 0 if it gives them. */
-EXPORT long sagellm_amx_allow(void)
+int amx_allowed(void)
 {
-    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */);
+    return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */);
 }
 
 void amx_begin(void)
@@ -27,7 +25,8 @@ void amx_begin(void)
     } shape = {.palette = 1};
     for (int i = 0; i < 8; i++)
         shape.row_bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
+    /* Not _tile_loadconfig: GCC 12's tells the compiler of 8 of the 64 bytes, which then drops the others. */
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape));
 }
 
 void amx_end(void)
@@ -76,7 +75,6 @@ INLINE void block(const int two, const bf16 *a, const bf16 *a2, long a_stride, c
     }
 }
 
-/* Like `multiply` of linear.c; pairs is a multiple of 16, sums has room for rows rounded up to 16. */
 void amx_multiply(const bf16 *x, long x_stride, const bf16 *panel, int rows, long pairs, float (*sums)[PANEL])
 {
     bf16 rest[ROWS * 2 * DEPTH] __attribute__((aligned(64)));
@@ -91,6 +89,7 @@ void amx_multiply(const bf16 *x, long x_stride, const bf16 *panel, int rows, lon
         const char *ahead = (const char *)(part + depth * 2 * PANEL);
         for (int row = whole; row < rows; row++)
             memcpy(rest + (row - whole) * 2 * DEPTH, x + row * x_stride + 2 * start, depth * 2 * sizeof(bf16));
+        __asm__ volatile("" ::: "memory"); /* tile loads do not say what they read */
         for (int row = 0; row < rows; row += 2 * ROWS)
             for (int column = 0; column < PANEL; column += 32, ahead += depth / STEP * lines * 64) {
                 const bf16 *a = x + row * x_stride + 2 * start, *b = part + 2 * column;

@@ -41,11 +41,11 @@ typedef struct {
     float scores[MAX_ROWS * TOKENS];
     float sums[MAX_ROWS * MAX_DIM];
     float highest[MAX_ROWS], total[MAX_ROWS];
-} __attribute__((aligned(64))) Scratch;
+} __attribute__((aligned(64))) Scratch; /* 185 KiB on each thread's stack */
 
 static const bf16 zeros[MAX_DIM];
 
-static void store(const Attention *a, long token)
+static void write_kv(const Attention *a, long token)
 {
     long block = a->slots[token] / a->block_size, offset = a->slots[token] % a->block_size;
     for (long head = 0; head < a->kv_heads; head++) {
@@ -238,7 +238,7 @@ EXPORT void sagellm_attend(const Attention *a)
         long number, coming;
 #pragma omp for schedule(static)
         for (long token = 0; token < a->tokens; token++)
-            store(a, token);
+            write_kv(a, token);
         for (;;) {
 #pragma omp atomic capture
             number = claimed++;

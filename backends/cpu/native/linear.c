@@ -1,11 +1,9 @@
 /* y = x * W^T + bias with a packed bfloat16 weight: sums in float32, result in bfloat16.
 
    The weight lies in panels of 64 outputs, [panel][pair of inputs][64][2]: one sequential stream through memory. A
-   panel is taken DEPTH pairs at a time (128 KiB, which the second-level cache keeps) over all rows of a chunk, while
-   the next part is being fetched. */
+   panel is taken DEPTH pairs at a time over all rows of a chunk, while the next part is being fetched. */
 #include "tile.h"
 
-#define DEPTH 512
 #define CHUNK_ROWS 192 /* a multiple of 16, for AMX */
 #define STREAM_AHEAD 4096 /* bytes, for the one tile that a few rows make */
 
@@ -60,9 +58,19 @@ static void finish(float (*sums)[PANEL], int rows, const float *bias, bf16 *out,
         }
 }
 
-void amx_begin(void);
-void amx_multiply(const bf16 *x, long x_stride, const bf16 *panel, int rows, long pairs, float (*sums)[PANEL]);
-void amx_end(void);
+EXPORT long sagellm_abi(void)
+{
+    return ABI;
+}
+
+/* What the processor and the system allow: 1 for the kernels, 2 for AMX in them. */
+EXPORT long sagellm_supported(void)
+{
+    int kernels = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+    return kernels ? 1 + 2 * (__builtin_cpu_supports("amx-bf16") && amx_allowed()) : 0;
+}
 
 /* x [rows][2 * pairs], rows x_stride elements apart; bias [panels][64] float32 or null, in the panels' order;
    out [rows][width], rows out_stride elements apart. */

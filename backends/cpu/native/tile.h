@@ -10,8 +10,9 @@
 #include <stdint.h>
 
 typedef uint16_t bf16;
-typedef int32_t __attribute__((may_alias)) bf16_pair;
+typedef int32_t __attribute__((may_alias, aligned(2))) bf16_pair;
 
+#define ABI 3 /* one more with every change of an exported function: kernels.py loads no other */
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define TILE_ROWS 6
@@ -78,6 +79,14 @@ INLINE void tile(int rows, const int V, const bf16 *a, long a_stride, const bf16
     }
 }
 
+/* amx.c, for linear.c: whether the system gives the tile registers; sums[rows][64] of a panel, `amx_multiply` between `amx_begin` and `amx_end`, with pairs a multiple
+   of 16 and room for rows rounded up to 16. DEPTH pairs at a time, 128 KiB, which the second-level cache keeps. */
+#define DEPTH 512
+int amx_allowed(void);
+void amx_begin(void);
+void amx_multiply(const bf16 *x, long x_stride, const bf16 *panel, int rows, long pairs, float (*sums)[PANEL]);
+void amx_end(void);
+
 /* How many rows the next tile takes when `left` remain: tiles are as even as can be. */
 INLINE int next_rows(int left)
 {
@@ -85,10 +94,11 @@ INLINE int next_rows(int left)
     return (left + tiles - 1) / tiles;
 }
 
-/* 2^x for x <= 0 or -inf, to float32's last bits: 2^fraction by its Taylor series, the integer part by the exponent. */
+/* 2^x for x <= 0, -inf or NaN, to float32's last bits: 2^fraction by its Taylor series, the integer part by the exponent.
+   Below 2^-126 it is 0. */
 INLINE __m512 exp2_of(__m512 x)
 {
-    __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_GT_OQ);
+    __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);
     __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 f = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(1.5403530e-4f);
