@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import operator
 import threading
 import uuid
 from concurrent.futures import Future, wait
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -15,7 +17,8 @@ import anyio
 
 from .config import SageLLMConfig
 from .errors import EngineClosedError, NotAvailableError, RequestError
-from .records import Choice, Completion, DeadLetter, FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
+from .operators.sources.request_format import request_from_fields
+from .records import Choice, Completion, DeadLetter, FinishReason, Request, TokenDelta
 from .runtime.calls import FutureCaller
 from .runtime.flow.mailbox import Mailbox
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
     from types import TracebackType
 
+    from .records import TokenLogprobs
     from .runtime.calls import CallDesk
     from .runtime.flow.flow import Flow
     from .runtime.services import EngineServices
@@ -37,7 +41,7 @@ class GenerateRequest:
     max_new_tokens: int = 128
     temperature: float | None = 1.0
     top_p: float | None = 1.0
-    stop_sequences: list[str] | None = None
+    stop_sequences: list[str] | str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     top_k: int | None = 0
@@ -58,44 +62,28 @@ class GenerateRequest:
     priority: int = 0
 
     def to_record(self, stream: bool = False) -> Request:
-        """The record that flows.
+        """The record that flows, checked as a line of a file is.
 
         Raises:
-            RequestError: none or more than one of `prompt_tokens`, `prompt`, `messages` is given.
+            RequestError: none or more than one of `prompt_tokens`, `prompt`, `messages` is given, or a field has a
+                wrong type or value; the message names each.
         """
-        if sum(x is not None for x in (self.prompt_tokens, self.prompt, self.messages)) != 1:
-            raise RequestError("give exactly one of prompt_tokens, prompt and messages")
-        sampling = SamplingParams(
-            max_new_tokens=self.max_new_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=self.logit_bias,
-            seed=self.seed,
-            stop=tuple(self.stop_sequences or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-            n=self.n,
-            logprobs=self.logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-        )
-        return Request(
-            request_id=self.request_id or uuid.uuid4().hex,
-            prompt=self.prompt,
-            messages=self.messages,
-            prompt_tokens=self.prompt_tokens,
-            sampling=sampling,
-            stream=stream,
-            tenant=self.tenant,
-            cache_salt=self.cache_salt,
-            priority=self.priority,
-            interactive=True,
-        )
+        fields = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        fields["request_id"] = self.request_id or None
+        fields["stop"] = fields.pop("stop_sequences")
+        if self.prompt_tokens is not None and not isinstance(self.prompt_tokens, list):
+            fields["prompt_tokens"] = _to_ids(self.prompt_tokens)
+        request = request_from_fields(fields, uuid.uuid4().hex)
+        request.stream, request.interactive = stream, True
+        return request
+
+
+def _to_ids(tokens: Any) -> list[int]:
+    """Token ids from whatever holds integers: a tuple, an array, a tensor."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise RequestError(f"prompt_tokens: found {tokens!r:.60}, write a list of token ids") from error
 
 
 @dataclass(slots=True)
@@ -254,7 +242,7 @@ class SageLLMEngine:
         An interrupted call (Ctrl-C) cancels its requests.
 
         Raises:
-            RequestError: a single request is bad or failed; for a list only if one is malformed before it is sent.
+            RequestError: a single request is bad or failed; for a list only if something in it is no GenerateRequest.
             EngineClosedError: the engine is not initialized, was shut down, or has failed.
         """
         if isinstance(request, (GenerateRequest, str, dict)):
@@ -262,15 +250,16 @@ class SageLLMEngine:
         return [_to_output(record, strict=False) for record in self._compute(request)]
 
     def _compute(self, requests: Sequence[GenerateRequest]) -> list[Completion | DeadLetter]:
-        callers = [FutureCaller() for _ in requests]
-        records = [_to_record(request) for request in requests]
         services = self._running_services()
+        results = [_to_record_or_letter(request) for request in requests]
+        good = [(record, FutureCaller()) for record in results if isinstance(record, Request)]
         try:
-            services.calls.submit(list(zip(records, callers, strict=True)))
-            return [caller.future.result() for caller in callers]
+            services.calls.submit(good)
+            ends = {id(record): caller.future.result() for record, caller in good}
         except BaseException:  # KeyboardInterrupt: nobody waits for them any more
-            services.cancel(records)
+            services.cancel([record for record, _ in good])
             raise
+        return [ends[id(result)] if isinstance(result, Request) else result for result in results]
 
     def _running_services(self) -> EngineServices:
         if self._services is None:
@@ -361,6 +350,16 @@ def _to_record(request: GenerateRequest, stream: bool = False) -> Request:
     if not isinstance(request, GenerateRequest):
         raise RequestError(f"found {request!r:.60}: write a GenerateRequest, as in GenerateRequest(prompt='...')")
     return request.to_record(stream)
+
+
+def _to_record_or_letter(request: GenerateRequest) -> Request | DeadLetter:
+    """A bad request in a list does not keep the others from being sent."""
+    try:
+        return _to_record(request)
+    except RequestError as error:
+        if not isinstance(request, GenerateRequest):
+            raise
+        return DeadLetter(str(error), request=Request(request.request_id))
 
 
 def _to_output(record: Completion | DeadLetter, strict: bool) -> GenerateOutput:

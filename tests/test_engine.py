@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import anyio
+import numpy as np
 import pytest
 import torch
 
@@ -74,8 +76,53 @@ def test_a_bad_request_in_a_list_does_not_lose_the_good_ones(engine):
 def test_a_single_bad_request_raises(engine):
     with pytest.raises(RequestError, match="top_p"):
         engine.generate(ask([5, 6], top_p=7.0))
-    with pytest.raises(RequestError, match="exactly one"):
+    with pytest.raises(RequestError, match="found no prompt: write one of prompt, messages, prompt_tokens"):
         engine.generate(GenerateRequest())
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"stop_sequences": [3]}, "stop"),
+        ({"stop_sequences": [""]}, "stop"),
+        ({"max_new_tokens": "5"}, "max_new_tokens: found '5'"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0"),
+        ({"temperature": "hot"}, "temperature: found 'hot'"),
+        ({"temperature": float("nan")}, "temperature: found nan"),
+        ({"logit_bias": {5: "a"}}, "logit_bias"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+        ({"presence_penalty": "a"}, "presence_penalty"),
+        ({"n": 2.0}, "n: found 2.0"),
+        ({"seed": 1.5}, "seed: found 1.5"),
+        ({"logprobs": 50}, "logprobs: found 50"),
+        ({"prompt_tokens": [1.5]}, "prompt_tokens"),
+        ({"prompt_tokens": (1.5, 2)}, "prompt_tokens: found"),
+        ({"prompt_tokens": None, "prompt": 5}, "prompt: found 5"),
+        ({"prompt_tokens": []}, "prompt_tokens"),
+    ],
+)
+def test_a_field_of_a_wrong_type_or_value_fails_its_request_alone(engine, fields, told):
+    """In the caller's thread: the engine and the others never see it."""
+    bad = GenerateRequest(**{"prompt_tokens": [5, 6], **fields})
+    with pytest.raises(RequestError, match=re.escape(told)):
+        engine.generate(bad)
+    failed, good = engine.generate([bad, ask([5, 6])])
+    assert (failed.finish_reason, good.error) == ("error", None)
+    assert told in failed.error
+
+
+def test_prompt_tokens_may_be_whatever_holds_integers(engine):
+    expected = engine.generate(ask([5, 6, 7])).output_tokens
+    for tokens in ((5, 6, 7), np.array([5, 6, 7]), np.array([5, 6, 7], np.int32)):
+        assert engine.generate(ask(tokens)).output_tokens == expected
+
+
+def test_one_stop_sequence_may_be_a_text(engine):
+    whole = engine.generate(GenerateRequest(prompt="the quick", max_new_tokens=8, temperature=0.0)).text
+    cut = engine.generate(
+        GenerateRequest(prompt="the quick", max_new_tokens=8, temperature=0.0, stop_sequences=whole[1:3])
+    )
+    assert cut.text == whole[: whole.index(whole[1:3])]
 
 
 @pytest.mark.parametrize("request_", ["hello", {"prompt": "hello"}, ["hello"]])

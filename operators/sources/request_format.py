@@ -138,6 +138,19 @@ def parse_request(line: bytes, default_id: str, src: SourcePosition | None = Non
     return _from_batch_line(data, src) if batch else _from_request_line(data, default_id, src)
 
 
+def request_from_fields(fields: dict[str, Any], default_id: str) -> Request:
+    """Make a request of the fields of a line that a program gives as Python values.
+
+    Raises:
+        RequestError: as `parse_request`.
+    """
+    try:
+        data = _adapter(RequestLine).validate_python(fields)
+    except ValidationError as error:
+        raise RequestError(_explain(error, b"", batch=False)) from None
+    return _from_request_line(data, default_id, None)
+
+
 def _is_batch_line(line: bytes) -> bool:
     try:
         data = from_json(line)
