@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ..backends.host import memory_bytes
 from ..config import BackendType
 from ..errors import ConfigError, EngineClosedError
 from ..kv_runtime.cache import KVCache
 from .calls import CallDesk
 from .flow.groups import lone_error_unwrapped
+from .memory import check_kv_pool, check_slots
 from .scheduler.lease import LeaseBook
 from .scheduler.waiting import WaitingQueue
 
@@ -90,17 +93,21 @@ class EngineServices:
 
     @cached_property
     def executor(self) -> Executor:
-        slots = self.config.scheduler.max_batch_size
+        slots, kv = self.config.scheduler.max_batch_size, self.config.kv_cache
+        check_slots(slots, self.model.architecture.max_seq_len, kv.block_size)
         if self.is_null:
             from .worker.executor import NullExecutor
 
             _refuse_device(self.config.backend)
+            check_kv_pool(kv, 0, memory_bytes()[0])
             return NullExecutor(slots)
         from ..models.weights import load_model
         from .worker.torch_executor import TorchExecutor
 
         model = load_model(self.model, self.backend)
-        return TorchExecutor(model, self.backend, self.kv.num_blocks, self.config.kv_cache.block_size, slots)
+        block_bytes = prod(model.kv_shape(1, kv.block_size)) * model.kv_dtype.itemsize
+        check_kv_pool(kv, block_bytes, self.backend.memory_bytes()[0])
+        return TorchExecutor(model, self.backend, self.kv.num_blocks, kv.block_size, slots)
 
     @cached_property
     def worker(self) -> Worker:
