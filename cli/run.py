@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import ConfigError
+from ..errors import ConfigError, FlowError
 from .common import pipeline_arguments, read_pipeline
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ _SIGNAL_INTERVAL_S = 0.05
 def command(path: Path, overrides: tuple[str, ...], allow_modules: tuple[str, ...], quiet: bool) -> None:
     """Run PIPELINE. SIGTERM or Ctrl-C finishes what is in flight; a second one, or one during loading, stops at once.
 
-    Exit codes: 0 done, 1 the run failed (an operator, too many bad records, a gate), 78 the pipeline is wrong.
+    Exit codes: 0 done, 1 the run failed (an operator, lost records, too many bad ones, a gate), 78 the pipeline is
+    wrong.
     """
     pipeline = read_pipeline(path, overrides, allow_modules)
     import anyio
@@ -88,6 +89,10 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> bool:
     summaries = [operator.summary() for operator in flow.operators.values() if isinstance(operator, Metrics)]
     sources = [operator for operator in flow.operators.values() if isinstance(operator, JsonlSource)]
     reporter.summarize(report, summaries, sum(source.skipped_lines for source in sources))
+    lost = {name: stats["lost"] for name, stats in report.operators.items() if stats["lost"]}
+    if lost:
+        told = ", ".join(f"{name!r} {count}" for name, count in lost.items())
+        raise FlowError(f"records are lost, since the operators that rejected them have no error port: {told}")
     if summaries:
         check_gates(pipeline.engine.benchmark, summaries[0])
     return True

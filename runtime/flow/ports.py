@@ -35,6 +35,7 @@ class NodeStats:
     rejected: int = 0
     dropped: int = 0
     restarts: int = 0
+    lost: int = 0  # rejected, but there is no error port to take them
 
 
 class Inlet:
@@ -150,8 +151,10 @@ class PortOutlet:
             self._fail(error)
             raise error
         if self._config.on_error == "route":
-            lost = len(passed)
-            log.warning("operator %r has no error port: %d records are lost: %s", self._name, lost, passed[0].error)
+            self._stats.lost += len(passed)
+            log.warning(
+                "operator %r has no error port: %d records are lost: %s", self._name, len(passed), passed[0].error
+            )
 
     def drop(self, records: Sequence[Any]) -> None:
         """Let records end here on purpose: their requests are done, and counted as filtered."""

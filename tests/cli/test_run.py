@@ -248,3 +248,37 @@ def test_a_second_signal_stops_at_once_and_nothing_is_lost(shell):
     assert "aborted: second signal" in stderr
     assert "Traceback" not in stderr
     assert 0 < len(shell.results()) < 600
+
+
+BROKEN = """\
+from sageLLM.operators import Operator, OperatorConfig, Port, RecordKind, operator
+
+@operator("broken")
+class Broken(Operator[OperatorConfig]):
+    inputs = (Port("in", frozenset({RecordKind.DELTA, RecordKind.COMPLETION})),)
+    outputs = (Port("out", same_as="in"),)
+
+    async def process(self, records, out):
+        raise ValueError("boom")
+"""
+
+
+def test_records_that_are_lost_for_want_of_an_error_port_fail_the_run(shell):
+    shell.write(5)
+    (shell.folder / "broken.py").write_text(BROKEN)
+    pipeline = FILES.replace("  metrics: {}", "  broken: {}\n  metrics: {}")
+    pipeline = pipeline.replace("-> metrics", "-> broken -> metrics")
+    (shell.folder / "answers.yaml").write_text(pipeline)
+    code, _, stderr = shell.run("answers.yaml", "--allow-module=broken")
+    assert code == 1
+    assert "error 5" in stderr
+    assert "records are lost, since the operators that rejected them have no error port: 'broken' 5" in stderr
+
+
+def test_an_output_that_takes_nothing_fails_the_run(shell):
+    with open("/dev/full", "w") as full:
+        process = shell.start("pipe.yaml", "-q", stdin=subprocess.PIPE, stdout=full)
+        _, stderr = process.communicate('{"prompt": "hi", "max_new_tokens": 2}\n')
+    assert process.returncode == 1
+    assert "records are lost" in stderr
+    assert "No space left on device" in stderr
