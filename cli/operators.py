@@ -20,7 +20,7 @@ def command(name: str | None, allow_modules: tuple[str, ...]) -> None:
     register_operators(allow_modules)
     from ..errors import ConfigError
     from ..graph.problems import did_you_mean
-    from ..graph.registry import all_specs, load_plugins
+    from ..graph.registry import all_specs, find_spec, load_plugins
 
     load_plugins()
     specs = all_specs()
@@ -29,9 +29,10 @@ def command(name: str | None, allow_modules: tuple[str, ...]) -> None:
         for spec in specs.values():
             click.echo(f"{spec.name:<{width}}  {spec.summary}")
         return
-    if name not in specs:
+    spec = find_spec(name)
+    if spec is None:
         raise ConfigError(f"no operator type {name!r}{did_you_mean(name, specs)}")
-    click.echo("\n".join(describe(specs[name])))
+    click.echo("\n".join(describe(spec)))
 
 
 def describe(spec: OperatorSpec) -> list[str]:

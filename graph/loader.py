@@ -16,7 +16,7 @@ from .document import Document, KeyPath, parse_value, read_document
 from .fields import validate_model
 from .pipeline import Node, Pipeline
 from .problems import Problems, did_you_mean, nearest, show
-from .registry import all_specs, find_spec, load_plugins
+from .registry import FOR_PROGRAMS, all_specs, find_spec, load_plugins
 from .substitution import resolve_references
 from .wiring import read_edges
 
@@ -233,6 +233,10 @@ def _find_type(name: str, type_name: Any, is_given: bool, problems: Problems) ->
             problems.add(path, str(error))
         spec = find_spec(type_name)
     if spec is not None:
+        if spec.name in FOR_PROGRAMS and problems.document.is_file:
+            ends = [end for end, s in all_specs().items() if (s.is_source if spec.is_source else s.is_sink)]
+            text = f"{spec.title(name)} is for programs: use SageLLMEngine, or write one of: {', '.join(ends)}"
+            problems.add(path, text, at_key=not is_given)
         return spec
     if "." in type_name or ":" in type_name:
         module = re.split(r"[:.][^:.]*$", type_name)[0]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .operator_spec import OperatorSpec
 
 ENTRY_POINT_GROUP = "sagellm.operators"
+FOR_PROGRAMS = frozenset({"call_source", "call_sink"})  # both ends of SageLLMEngine's pipeline: files hang with them
 
 _SPECS: dict[str, OperatorSpec] = {}
 
@@ -64,5 +65,5 @@ def find_spec(name: str) -> OperatorSpec | None:
 
 
 def all_specs() -> dict[str, OperatorSpec]:
-    """Every registered operator type by name, sorted."""
-    return dict(sorted(_SPECS.items()))
+    """Every registered operator type that a pipeline file may name, sorted by name."""
+    return {name: spec for name, spec in sorted(_SPECS.items()) if name not in FOR_PROGRAMS}

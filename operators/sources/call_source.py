@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @operator("call_source")
 class CallSource(Operator[OperatorConfig]):
-    """Emits the requests that other threads submit to the engine, until the engine is shut down.
+    """Emits the requests that other threads submit to SageLLMEngine, until it is shut down. No file may name it.
 
     Guarantee: each submitted request is emitted once, in order of submission; at-most-once, as the caller is gone
     when the process is.
@@ -20,7 +20,6 @@ class CallSource(Operator[OperatorConfig]):
 
     outputs = (Port("out", frozenset({RecordKind.REQUEST})),)
     guarantee = "at-most-once: each submitted request once, in order of submission"
-    example = "call_source: {}"
 
     async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         async for requests in self.context.engine.calls.arrivals:

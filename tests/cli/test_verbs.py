@@ -85,6 +85,18 @@ def test_validate_reports_every_problem_on_stderr_with_exit_code_78(folder: Path
     assert [line.split(": ")[0] for line in lines] == ["p.yaml:3:3", "p.yaml:4:5", "p.yaml:6:27"]
 
 
+def test_the_ends_of_the_engine_are_refused_in_a_file(folder: Path) -> None:
+    text = "operators:\n  call_source:\n  write: {type: call_sink}\nedges: [call_source -> write]\n"
+    (folder / "p.yaml").write_text(text)
+    result = CliRunner().invoke(cli, ["validate", "p.yaml"])
+    assert result.exit_code == 78
+    source, sink = result.stderr.splitlines()[:2]
+    assert source.startswith("p.yaml:2:3: 'call_source' is for programs: use SageLLMEngine, or write one of: ")
+    assert "jsonl_source" in source and "call_" not in source.partition("write")[2]
+    assert sink.startswith("p.yaml:3:17: 'write' (call_sink) is for programs: use SageLLMEngine, or write one of: ")
+    assert "jsonl_sink" in sink
+
+
 def test_without_permission_no_module_is_imported(folder: Path) -> None:
     (folder / "p.yaml").write_text(PIPELINE.replace("  lines:", "  lines:\n    type: own_operators.Lines"))
     result = CliRunner().invoke(cli, ["validate", "p.yaml"])
@@ -135,6 +147,12 @@ def test_operators_describes_one(folder: Path) -> None:
         "  lines: {path: a.txt}",
     ):
         assert line in text.splitlines()
+
+
+def test_the_ends_of_the_engine_are_described_but_not_offered(folder: Path) -> None:
+    assert "call_" not in call("operators").stdout
+    assert "No file may name it." in call("operators", "call_source").stdout
+    assert "call_" not in call("schema").stdout
 
 
 def test_operators_knows_the_nearest_name(folder: Path) -> None:
