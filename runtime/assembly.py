@@ -23,7 +23,7 @@ def assemble(pipeline: Pipeline, services: EngineServices) -> Flow:
     """
     ledger = Ledger()
     ledger.on_settled(lambda settled: services.release([request for request, _ in settled]))
-    resume = ResumeIndex()
+    resume = ResumeIndex(pipeline.edges)
     drains: list[Any] = []
     factories = {}
     for node in pipeline.nodes.values():

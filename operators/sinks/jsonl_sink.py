@@ -20,6 +20,7 @@ from .result_format import dump_line
 
 if TYPE_CHECKING:
     from ...runtime.flow.operator import OperatorContext, Outlet
+    from ...runtime.flow.resume import ResumeIndex
 
 
 class JsonlSinkConfig(OperatorConfig):
@@ -35,7 +36,8 @@ class JsonlSink(Operator[JsonlSinkConfig]):
 
     Exactly once together with jsonl_source. When it opens, it locks the file against other processes, drops a last
     line that was torn by a kill, and publishes which input lines stand in it; sources do not send those again.
-    Records of one list are written in one piece. To compute a line again, delete its line from the output.
+    Records of one list are written in one piece. To compute a line again, delete its line from the output. Behind a
+    tee a line is computed again until it stands in every file that its copies go to, and written where it is missing.
 
     What can be lost, and is then computed again by the next run:
     - kill -9: what was not written yet; `fsync` makes no difference.
@@ -62,6 +64,7 @@ edges:
         self._fd = -1
         self._size = 0
         self._syncer: IntervalSync | None = None
+        self._before: ResumeIndex | None = None  # what earlier runs wrote
 
     async def open(self) -> None:
         """Lock the file, drop a torn last line, publish the finished lines.
@@ -89,7 +92,7 @@ edges:
             OSError: the write failed (no space, a file system error), and nothing of the list stays in the file; or
                 an earlier fsync did.
         """
-        lines = [dump_line(record) for record in records if _is_written(record)]
+        lines = [dump_line(record) for record in records if _is_written(record) and not self._stands_already(record)]
         if not lines:
             return
         self._write(b"".join(lines))
@@ -125,7 +128,13 @@ edges:
             self._sync_folder()
         if self.config.fsync == "interval":
             self._syncer = IntervalSync(self._fd)
-        self.context.resume.publish(finished)
+        self.context.resume.publish(finished, self.context.name)
+        self._before = finished if any(finished) else None
+
+    def _stands_already(self, record: Completion | DeadLetter) -> bool:
+        """Whether an earlier run wrote that line here, but not everywhere, so that it was computed again."""
+        src = record.src if isinstance(record, DeadLetter) else record.request.src
+        return self._before is not None and src is not None and self._before.holds(src.file, src.fingerprint, src.line)
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)

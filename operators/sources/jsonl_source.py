@@ -141,7 +141,7 @@ edges:
         finished = []
         for entry in self.context.resume:
             if entry.fingerprint == fingerprint and self._may_be_this_file(entry.file):
-                finished.append(entry.lines)
+                finished.append(self.context.resume.lines_finished(self.context.name, entry.file, fingerprint))
             elif entry.fingerprint != fingerprint and self._is_this_file(entry.file):
                 raise SourceChangedError(self._explain_change(entry))
         return finished

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+    from ...graph.pipeline import Edge
 
 
 class LineSet:
@@ -24,9 +26,13 @@ class LineSet:
         self._bits[byte] |= 1 << (line & 7)
 
     def update(self, other: LineSet) -> None:
-        size = max(len(self._bits), len(other._bits))
-        union = int.from_bytes(self._bits, "little") | int.from_bytes(other._bits, "little")
-        self._bits = bytearray(union.to_bytes(size, "little"))
+        self._set(int.from_bytes(self._bits, "little") | int.from_bytes(other._bits, "little"))
+
+    def intersect(self, other: LineSet) -> None:
+        self._set(int.from_bytes(self._bits, "little") & int.from_bytes(other._bits, "little"))
+
+    def _set(self, bits: int) -> None:
+        self._bits = bytearray(bits.to_bytes(-(-bits.bit_length() // 8), "little"))
 
     def __contains__(self, line: int) -> bool:
         byte = line >> 3
@@ -58,27 +64,69 @@ class ResumeIndex:
     """The finished lines of every input of a flow. One object for all operators of a flow.
 
     The flow opens every operator before it runs any, and sinks before sources, so the index is complete when a source
-    reads it. A line is finished when it stands in the output of any sink.
+    reads it. What leaves an operator takes one of its ports, and there each of its edges: a line is finished when it
+    stands in the outputs that one such way through the flow ends in. Edges that lead to no file count for nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, edges: Iterable[Edge] = ()) -> None:
+        self._ways: dict[str, dict[str, list[str]]] = {}  # by operator and port: the operators behind it
+        for edge in edges:
+            self._ways.setdefault(edge.source, {}).setdefault(edge.source_port, []).append(edge.target)
         self._inputs: dict[tuple[str, str], FinishedLines] = {}
+        self._outputs: dict[str, ResumeIndex] = {}  # by the sink's name
         self.sent: dict[str, SentLines] = {}  # by the source's name; for the instance that follows a failed one
 
     def entry(self, file: str, fingerprint: str) -> FinishedLines:
-        """The finished lines of that input, an empty entry if there are none yet."""
+        """The lines of that input that stand in any output, an empty entry if there are none yet."""
         key = (file, fingerprint)
         found = self._inputs.get(key)
         if found is None:
             found = self._inputs[key] = FinishedLines(file, fingerprint)
         return found
 
-    def publish(self, finished: ResumeIndex) -> None:
-        """Add what one output holds."""
+    def holds(self, file: str, fingerprint: str, line: int) -> bool:
+        """Whether that line stands in any output."""
+        found = self._inputs.get((file, fingerprint))
+        return found is not None and line in found.lines
+
+    def publish(self, finished: ResumeIndex, sink: str) -> None:
+        """Add what one output, which the sink of that name writes, holds."""
+        self._outputs[sink] = finished
         for theirs in finished:
             ours = self.entry(theirs.file, theirs.fingerprint)
             ours.lines.update(theirs.lines)
             ours.outputs |= theirs.outputs
+
+    def lines_finished(self, source: str, file: str, fingerprint: str) -> LineSet:
+        """The lines of an input that the source of that name need not send again."""
+        found = self._lines_behind(source, file, fingerprint, {})
+        return self.entry(file, fingerprint).lines if found is None else found
+
+    def _lines_behind(
+        self, name: str, file: str, fingerprint: str, known: dict[str, LineSet | None]
+    ) -> LineSet | None:
+        """None where no edge leads to an output."""
+        if name in known:
+            return known[name]
+        ways: list[LineSet] = []
+        if name in self._outputs:
+            ways = [self._outputs[name].entry(file, fingerprint).lines]
+        for targets in self._ways.get(name, {}).values():
+            behind = [self._lines_behind(target, file, fingerprint, known) for target in targets]
+            copies = [lines for lines in behind if lines is not None]
+            if copies:
+                ways.append(LineSet())
+                ways[-1].update(copies[0])
+                for lines in copies[1:]:
+                    ways[-1].intersect(lines)
+        if not ways:
+            known[name] = None
+            return None
+        finished = LineSet()
+        for lines in ways:
+            finished.update(lines)
+        known[name] = finished
+        return finished
 
     def __iter__(self) -> Iterator[FinishedLines]:
         return iter(list(self._inputs.values()))

@@ -195,3 +195,63 @@ def test_100_000_lines_in_bounded_memory(tmp_path):
     assert os.path.getsize(tmp_path / "out.jsonl") > 25 * 2**20
     assert growth_mb < 8, "memory grew with the input"
     assert growth_again_mb < 8, "the index of finished lines grew with the output"
+
+
+# Copies to several files
+
+
+async def run_tee(folder, between=None):
+    """in.jsonl -> a.jsonl and, from the same port, b.jsonl; returns how many requests were computed."""
+    ledger = Ledger()
+    edges = [Edge("source", "out", "shuffle", "in"), Edge("source", "error", "dead", "in")]
+    edges += [Edge("shuffle", "out", name, "in") for name in ("a", "b")]
+    resume = ResumeIndex(edges)
+
+    def make(cls, name, **config):
+        context = OperatorContext(name, None, ledger, folder, lambda reason: flow.drain(reason), resume)
+        return lambda: cls(cls.config_model(**config), context)
+
+    Shuffle.seed, Shuffle.drain_after, Shuffle.computed = None, float("inf"), 0
+    factories = {
+        "source": make(JsonlSource, "source", path="in.jsonl"),
+        "shuffle": make(Shuffle, "shuffle"),
+        **{name: make(JsonlSink, name, path=f"{name}.jsonl", fsync="never") for name in ("a", "b", "dead")},
+    }
+    flow = Flow(factories, edges, ledger)
+    await flow.run()
+    return Shuffle.computed
+
+
+def test_a_copy_that_a_kill_kept_from_one_file_is_written_there_by_the_next_run_and_only_there(tmp_path):
+    write_input(tmp_path / "in.jsonl", 100)
+    anyio.run(run_tee, tmp_path)
+    expected = {name: sorted(numbers(tmp_path / f"{name}.jsonl")) for name in ("a", "b", "dead")}
+    assert expected["a"] == expected["b"] == [n for n in range(1, 101) if n % 10]
+    for name, kept in (("a", 70), ("b", 40)):
+        output = tmp_path / f"{name}.jsonl"
+        output.write_text("".join(output.read_text().splitlines(keepends=True)[:kept]))
+    assert anyio.run(run_tee, tmp_path) == 50
+    assert {name: sorted(numbers(tmp_path / f"{name}.jsonl")) for name in expected} == expected
+    assert anyio.run(run_tee, tmp_path) == 0
+
+
+def test_which_lines_are_finished_follows_ports_and_edges():
+    """One of the ports, all of its edges; what leads to no file does not count."""
+
+    def finished(edges, **outputs):
+        index = ResumeIndex(Edge(*edge.replace(".", " ").split(), "in") for edge in edges)
+        for name, lines in outputs.items():
+            written = ResumeIndex()
+            for line in lines:
+                written.entry("in", "f").lines.add(line)
+            index.publish(written, name)
+        lines = index.lines_finished("source", "in", "f")
+        return [line for line in range(10) if line in lines]
+
+    assert finished([], a=[1], b=[2]) == [1, 2]
+    assert finished(["source.out a"], a=[1, 2]) == [1, 2]
+    assert finished(["source.out tee", "tee.out a", "tee.out b"], a=[1, 2, 3], b=[2, 4]) == [2]
+    assert finished(["source.out filter", "filter.out a", "filter.rest b"], a=[1, 2], b=[3]) == [1, 2, 3]
+    assert finished(["source.out tee", "tee.out a", "tee.out screen", "source.error dead"], a=[1], dead=[2]) == [1, 2]
+    diamond = ["source.out tee", "tee.out x", "tee.out y", "x.out a", "y.out a", "y.error dead"]
+    assert finished(diamond, a=[1, 2], dead=[2, 3]) == [1, 2]
