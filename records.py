@@ -194,9 +194,21 @@ class RequestMetrics:
         }
 
 
+class Usage(NamedTuple):
+    """Counted over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Completion:
-    """The terminal record of a request that was computed."""
+    """The terminal record of a request that was computed.
+
+    Its properties are the names of an output line: `text`, `output_tokens`, `finish_reason` and `logprobs` are the
+    first choice's.
+    """
 
     request: Request
     choices: list[Choice]
@@ -212,6 +224,30 @@ class Completion:
     def output_length(self) -> int:
         return sum(len(choice.output_tokens) for choice in self.choices)
 
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def output_tokens(self) -> list[int]:
+        return self.choices[0].output_tokens
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        return self.choices[0].logprobs
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_length, self.output_length, self.prompt_length + self.output_length)
+
+    @property
+    def src(self) -> SourcePosition | None:
+        return self.request.src
+
 
 @dataclass(slots=True, eq=False)
 class DeadLetter:
@@ -225,6 +261,10 @@ class DeadLetter:
     @property
     def request_id(self) -> str | None:
         return None if self.request is None else self.request.request_id
+
+    @property
+    def line(self) -> int | None:
+        return None if self.src is None else self.src.line
 
 
 Record = Request | Sequence | TokenDelta | Completion | DeadLetter

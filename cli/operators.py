@@ -29,10 +29,10 @@ def command(name: str | None, allow_modules: tuple[str, ...]) -> None:
         for spec in specs.values():
             click.echo(f"{spec.name:<{width}}  {spec.summary}")
         return
-    spec = find_spec(name)
-    if spec is None:
+    known = find_spec(name)
+    if known is None:
         raise ConfigError(f"no operator type {name!r}{did_you_mean(name, specs)}")
-    click.echo("\n".join(describe(spec)))
+    click.echo("\n".join(describe(known)))
 
 
 def describe(spec: OperatorSpec) -> list[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .operator_spec import ANY_KIND, RecordKind
 from .registry import all_specs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from .document import KeyPath
     from .operator_spec import OperatorSpec, Port
     from .pipeline import Edge
     from .problems import Problems
@@ -36,6 +38,15 @@ class Draft:
     all_known: bool
 
 
+@runtime_checkable
+class JudgesRecords(Protocol):
+    """A configuration that names fields of the records which arrive."""
+
+    def explain_misfits(self, kinds: frozenset[RecordKind]) -> Iterable[tuple[KeyPath, str]]:
+        """What no record of these kinds can meet: where it stands in the configuration, and why."""
+        ...
+
+
 def check_graph(draft: Draft, base_dir: Path, problems: Problems) -> list[Edge]:
     """Note every problem of the graph. Returns its edges with the record kinds they carry."""
     if draft.all_known:
@@ -50,6 +61,7 @@ def check_graph(draft: Draft, base_dir: Path, problems: Problems) -> list[Edge]:
     _check_late_stages(draft, forward, order, kinds, problems)
     _check_single(draft, problems)
     _check_copies(draft, kinds, problems)
+    _check_fields(draft, kinds, problems)
     return [replace(wire.edge, kinds=kinds.get(wire.edge, frozenset())) for wire in draft.wiring.wires]
 
 
@@ -291,6 +303,16 @@ def _check_copies(draft: Draft, kinds: dict[Edge, frozenset[RecordKind]], proble
             text = f"{edge.source}.{edge.source_port} gives sequences, which cannot be copied, and goes to "
             text += f"{before.target!r} already; leave one edge, or branch where requests or completions flow"
             problems.add(wire.target.path, text, offset=wire.target.offset)
+
+
+def _check_fields(draft: Draft, kinds: dict[Edge, frozenset[RecordKind]], problems: Problems) -> None:
+    for name, config in draft.configs.items():
+        arriving = frozenset[RecordKind]().union(*(carried for edge, carried in kinds.items() if edge.target == name))
+        if arriving and isinstance(config, JudgesRecords):
+            for path, why in config.explain_misfits(arriving):
+                field = ".".join(map(str, path))
+                text = f"operator {draft.specs[name].title(name)}, field {field!r}: {why}"
+                problems.add(("operators", name, *path), text)
 
 
 def words(kinds: frozenset[RecordKind]) -> str:

@@ -10,9 +10,14 @@ from pydantic import field_validator, model_validator
 
 from ..config import Config
 from ..errors import RequestError
+from ..graph.checks import words
+from ..graph.problems import did_you_mean, show
+from .record_fields import RECORD_TYPES, NoSuchFieldError, find_type, groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ..graph.operator_spec import RecordKind
 
 _TESTS: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
@@ -26,6 +31,7 @@ _TESTS: dict[str, Callable[[Any, Any], Any]] = {
     "contains": lambda found, value: value in found,
     "matches": lambda found, value: re.search(value, found) is not None,
 }
+_ORDERED = ("<", "<=", ">", ">=")
 
 
 class Condition(Config):
@@ -58,6 +64,23 @@ class Condition(Config):
             raise ValueError(f"value {self.value!r} is no list; write `value: [a, b]`")
         return self
 
+    def explain_misfit(self, kinds: frozenset[RecordKind]) -> tuple[str, str] | None:
+        """The key that no record of these kinds can meet, and why; None where some can."""
+        types: list[Any] = []
+        instead: list[str] = []
+        for kind in kinds:
+            try:
+                types.append(find_type(RECORD_TYPES[kind], self.field))
+            except NoSuchFieldError as error:
+                instead += error.instead
+        if not types:
+            return "field", f"{words(kinds)} has no field {self.field!r}{did_you_mean(self.field, set(instead))}"
+        found = set[str]().union(*map(groups_of, types))
+        wanted = groups_of(type(self.value)) if self.op in _ORDERED else {"text"} if self.op == "matches" else found
+        if found & {"any", *wanted}:
+            return None
+        return "value", f"found {show(self.value)} for {self.op!r}, but {self.field} is a {' or '.join(sorted(found))}"
+
     def holds(self, record: Any) -> bool:
         """Whether the record meets it.
 
@@ -76,7 +99,7 @@ class Condition(Config):
             try:
                 if isinstance(found, dict):
                     found = found[name]
-                elif isinstance(found, (list, tuple)):
+                elif isinstance(found, (list, tuple)) and name.isdecimal():
                     found = found[int(name)]
                 else:
                     found = getattr(found, name)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from ..records import DeadLetter, TokenDelta
-from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, operator
+from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from .conditions import Condition  # noqa: TC001 - pydantic reads the annotation
 from .functions import FunctionName, explain_failure, find_function
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..graph.document import KeyPath
 
 
 class FilterConfig(OperatorConfig):
@@ -24,6 +29,13 @@ class FilterConfig(OperatorConfig):
         if bool(self.where) == (self.function is not None):
             raise ValueError("write either `where: [{field: ..., op: ..., value: ...}]` or `function: <name>`")
         return self
+
+    def explain_misfits(self, kinds: frozenset[RecordKind]) -> Iterator[tuple[KeyPath, str]]:
+        judged = kinds - {RecordKind.DELTA}
+        for index, condition in enumerate(self.where if judged else ()):
+            misfit = condition.explain_misfit(judged)
+            if misfit is not None:
+                yield ("where", index, misfit[0]), misfit[1]
 
 
 @operator("filter")
@@ -42,7 +54,7 @@ class Filter(Operator[FilterConfig]):
     guarantee = "each record leaves at most once, unchanged and in order; what ends here is counted"
     example = """\
 operators:
-  short: {type: filter, where: [{field: output_length, op: "<", value: 100}]}
+  short: {type: filter, where: [{field: usage.completion_tokens, op: "<", value: 100}]}
 edges:
   - detokenize -> short -> sink
   - short.rest -> long_answers
