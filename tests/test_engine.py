@@ -98,6 +98,8 @@ def test_a_single_bad_request_raises(engine):
         ({"prompt_tokens": [1.5]}, "prompt_tokens"),
         ({"prompt_tokens": (1.5, 2)}, "prompt_tokens: found"),
         ({"prompt_tokens": None, "prompt": 5}, "prompt: found 5"),
+        ({"prompt_tokens": None, "messages": [{"role": "wizard", "content": "a"}]}, "role: found 'wizard'"),
+        ({"prompt_tokens": None, "messages": [{"role": "user"}]}, "messages.0: a message of user has no content"),
         ({"prompt_tokens": []}, "prompt_tokens"),
     ],
 )

@@ -44,7 +44,7 @@ class TextPart(TypedDict):
 
 @with_config(ConfigDict(extra="allow", strict=True))
 class Message(TypedDict, total=False):
-    role: Required[Text]
+    role: Required[Literal["system", "developer", "user", "assistant", "tool"]]
     content: str | list[TextPart] | None
 
 
@@ -204,7 +204,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     return Request(
         request_id,
         prompt,
-        None if messages is None else [_plain_message(message) for message in messages],
+        None if messages is None else [_plain_message(message, index) for index, message in enumerate(messages)],
         tokens,
         params,
         stream=bool(data.get("stream")),
@@ -227,11 +227,16 @@ def _one_of(data: dict[str, Any], *names: str) -> Any:
     return data[given[0]] if given else None
 
 
-def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     """Chat templates expect text: join the parts of a content list with newlines."""
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = "\n".join(part["text"] for part in content)
+    if content is None and not (message["role"] == "assistant" and message.get("tool_calls")):
+        raise RequestError(
+            f"messages.{index}: a message of {message['role']} has no content: write a text (only an assistant's with "
+            "tool_calls may be without)"
+        )
     return message
 
 

@@ -200,6 +200,11 @@ def test_text_parts_of_a_message_are_joined():
     assert request.messages == [{"role": "user", "content": "a\nb"}]
 
 
+def test_an_assistant_that_calls_tools_need_not_say_anything():
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    assert parse(messages=messages).messages == messages
+
+
 def test_an_unknown_field_names_the_nearest():
     assert refuse(prompt="a", max_tokns=3) == "unknown field 'max_tokns': did you mean 'max_tokens'?"
     assert refuse(prompt="a", zzz=1).startswith("unknown field 'zzz': known are cache_salt, ")
@@ -226,6 +231,13 @@ def test_an_unknown_field_names_the_nearest():
         ({"prompt_tokens": [1, -1]}, "prompt_tokens.1: found -1, should be greater than or equal to 0"),
         ({"prompt_tokens": []}, "prompt_tokens: found [], but list should have at least 1 item"),
         ({"messages": [{"content": "a"}]}, "missing field 'messages.0.role'"),
+        (
+            {"messages": [{"role": "wizard", "content": "a"}]},
+            "messages.0.role: found 'wizard', should be 'system', 'developer', 'user', 'assistant' or 'tool'",
+        ),
+        ({"messages": [{"role": "user"}]}, "messages.0: a message of user has no content: write a text"),
+        ({"messages": [{"role": "tool", "content": None}]}, "messages.0: a message of tool has no content"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}, "messages.1: a message of assistant"),
     ],
 )
 def test_what_is_wrong_and_what_to_write_instead(fields, message):
