@@ -151,6 +151,8 @@ class SchedulerConfig(Config):
     `max_prefill_batch` those whose prompt is computed in one step (in a pipeline, `max_batch` of the stage `decode` or
     `prefill` comes before them); `max_step_tokens` bounds the tokens of one step and so the size of a prompt chunk
     (None: 4096 on a GPU, 512 on a CPU and more there for a small model).
+    `mode` `hybrid` mixes decoding rows and prompt chunks in one step; `time_share` takes turns: `prefill_steps` steps
+    of prompts (by default 1), then `decode_steps` of decoding rows (4).
     `launch_ahead` plans and launches a step before the previous one's tokens are read. `queue_timeout_s` is the
     longest wait for a lease, `request_timeout_s` the longest time from arrival to the last token, 0 is no limit; both
     hold for requests that somebody waits for (library calls, sockets): lines of a file wait as long as it takes.
@@ -163,15 +165,27 @@ class SchedulerConfig(Config):
     max_prefill_batch: Positive = 8
     max_decode_batch: Positive = 64
     max_step_tokens: Positive | None = None
+    prefill_steps: Positive | None = None
+    decode_steps: Positive | None = None
     launch_ahead: bool = True
     request_timeout_s: Annotated[float, Field(ge=0)] = 60.0
     queue_timeout_s: Annotated[float, Field(ge=0)] = 30.0
 
     @model_validator(mode="after")
     def _available(self) -> SchedulerConfig:
-        _refuse(self.mode is not SchedulerMode.HYBRID, f"scheduler.mode {self.mode.name}", "use HYBRID")
+        _refuse(self.mode is SchedulerMode.STRICT, "scheduler.mode strict", "use hybrid or time_share")
+        if self.mode is not SchedulerMode.TIME_SHARE and (self.prefill_steps or self.decode_steps):
+            raise ValueError("prefill_steps and decode_steps are for mode: time_share: write that, or leave them out")
         _refuse(self.prefill_workers > 1 or self.decode_workers > 1, "more than one worker", "use 1 and 1")
         return self
+
+
+    @property
+    def time_shares(self) -> tuple[int, int] | None:
+        """Steps of prompts and of decoding rows that take turns; None where they share each step."""
+        if self.mode is not SchedulerMode.TIME_SHARE:
+            return None
+        return self.prefill_steps or 1, self.decode_steps or 4
 
 
 class BackendConfig(Config):

@@ -121,8 +121,7 @@ LATER = [
     (KVCacheConfig, {"enable_migration": True}, "kv_cache.enable_migration"),
     (KVCacheConfig, {"hot_threshold": 2.0}, "kv_cache.hot_threshold"),
     (KVCacheConfig, {"cold_timeout_s": 5.0}, "kv_cache.cold_timeout_s"),
-    (SchedulerConfig, {"mode": "strict"}, "scheduler.mode STRICT"),
-    (SchedulerConfig, {"mode": "TIME_SHARE"}, "scheduler.mode TIME_SHARE"),
+    (SchedulerConfig, {"mode": "STRICT"}, "scheduler.mode strict"),
     (SchedulerConfig, {"prefill_workers": 2}, "more than one worker"),
     (SchedulerConfig, {"decode_workers": 2}, "more than one worker"),
     (BackendConfig, {"tensor_parallel_size": 2}, "backend.tensor_parallel_size"),
@@ -173,3 +172,11 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_values_are_fixed_once_validated():
     with pytest.raises(ValidationError):
         SageLLMConfig().inference_mode = InferenceMode.STANDARD
+
+
+def test_the_turns_of_time_sharing():
+    assert SchedulerConfig().time_shares is None
+    assert SchedulerConfig(mode="time_share").time_shares == (1, 4)
+    assert SchedulerConfig(mode="TIME_SHARE", prefill_steps=2, decode_steps=3).time_shares == (2, 3)
+    with pytest.raises(ValueError, match="are for mode: time_share: write that, or leave them out"):
+        SchedulerConfig(decode_steps=3)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...kv_runtime.cache import KVCache
+    from .time_share import TimeShare
 
 
 class MustReadFirst(Exception):
@@ -26,7 +27,8 @@ class MustReadFirst(Exception):
 
 
 class Planner:
-    """Plans hybrid steps: every decoding row gets a token, prompt chunks fill the rest of the token budget.
+    """Plans steps. Hybrid ones: every decoding row gets a token, prompt chunks fill the rest of the token budget. With
+    `time_share` a step is of one kind.
 
     `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them.
     """
@@ -40,6 +42,7 @@ class Planner:
         max_decode_batch: int,
         on_preempted: Callable[[int], None],
         leases_in_transit: Callable[[], bool],
+        time_share: TimeShare | None = None,
     ) -> None:
         self._table = table
         self._kv = kv
@@ -48,6 +51,7 @@ class Planner:
         self.max_decode_batch = max_decode_batch
         self._on_preempted = on_preempted
         self._leases_in_transit = leases_in_transit
+        self._time_share = time_share
         self._copies: list[BlockCopy] = []
         self.preemptions = 0
 
@@ -63,14 +67,30 @@ class Planner:
             KVCacheError: one row alone does not fit the pool (admission should have refused it).
         """
         self._resume_preempted()
-        decode = self._decode_slots(unread_steps)
-        chunks = self._chunks(self._max_step_tokens - len(decode))
+        if self._time_share is None:
+            decode = self._decode_slots(unread_steps)
+            chunks = self._chunks(self._max_step_tokens - len(decode))
+        else:
+            decode, chunks = self._take_turn(self._time_share, unread_steps)
         if not len(decode) and not chunks:
             return None
         sampled = [self._sampling_slots(chunk) for chunk in chunks]
         plan = self._build(decode, chunks, sampled)
         self._advance(decode, chunks, sampled)
         return plan
+
+    def _take_turn(self, turns: TimeShare, unread_steps: int) -> tuple[NDArray[np.int64], list[PromptChunk]]:
+        decode, chunks = np.empty(0, np.int64), list[PromptChunk]()
+        first = turns.prefill_is_next
+        for prefill in (first, not first):
+            if prefill:
+                chunks = self._chunks(self._max_step_tokens)
+            else:
+                decode = self._decode_slots(unread_steps)
+            if len(decode) or chunks:
+                turns.take(prefill)
+                break
+        return decode, chunks
 
     # -- decode ------------------------------------------------------------------------------------------------------
 

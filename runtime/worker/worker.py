@@ -21,6 +21,7 @@ from ...records import Choice, FinishReason, Sequence, TokenDelta
 from ..scheduler.lease import Lease, LeaseBook, namespace_of
 from ..scheduler.planner import MustReadFirst, Planner
 from ..scheduler.resident import ResidentSequence, ResidentTable, Row, RowState
+from ..scheduler.time_share import TimeShare
 from ..scheduler.waiting import end_unstarted
 from .collector import Collector
 
@@ -71,6 +72,7 @@ class Worker:
             scheduler.max_decode_batch,
             on_preempted=self._forget_on_device,
             leases_in_transit=self._leases_in_transit,
+            time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,
         )
         self._collector = Collector(self._table, make_stop_matcher, self._end_rows)
         self._unread: deque[tuple[StepPlan, StepHandle]] = deque()

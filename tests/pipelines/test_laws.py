@@ -29,6 +29,7 @@ engines = st.fixed_dictionaries(
                 "max_batch_size": st.integers(3, 8),
                 "max_step_tokens": st.sampled_from((8, 64)),
                 "launch_ahead": st.booleans(),
+                "mode": st.sampled_from(("hybrid", "time_share")),
             }
         ),
     }

@@ -26,7 +26,8 @@ async def test_records_flow_in_order_through_small_buffers(lab):
     assert [record.request_id for record in lab.got()] == [f"r{n}" for n in range(100)]
     assert lab.counts() == {"accepted": 100, "done": 100}
     assert report.counters["done"] == 100
-    assert report.operators["pass"] == {"taken": 100, "sent": 100, "rejected": 0, "dropped": 0, "restarts": 0, "lost": 0}
+    counts = {"taken": 100, "sent": 100, "rejected": 0, "dropped": 0, "restarts": 0, "lost": 0}
+    assert report.operators["pass"] == counts
     assert report.drained is None
 
 

@@ -95,6 +95,9 @@ def test_our_kernels_keep_that_promise_in_bfloat16(bench, loaded_bfloat16, data)
     check_any_mix(bench, loaded_bfloat16, alone, data)
 
 
+MODES = ({"mode": "hybrid"}, {"mode": "time_share"}, {"mode": "time_share", "prefill_steps": 3, "decode_steps": 1})
+
+
 def check_any_mix(bench, loaded, oracle, data) -> None:
     b, executor = make_bench(
         bench,
@@ -107,6 +110,7 @@ def check_any_mix(bench, loaded, oracle, data) -> None:
         max_decode_batch=data.draw(st.integers(1, 8), label="decode batch"),
         max_step_tokens=data.draw(st.sampled_from([3, 8, 64]), label="step tokens"),
         launch_ahead=data.draw(st.booleans(), label="launch ahead"),
+        **data.draw(st.sampled_from(MODES), label="mode"),
     )
     picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
     n = data.draw(st.sampled_from([1, 1, 2]), label="n")
