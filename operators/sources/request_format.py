@@ -5,8 +5,7 @@
     {"custom_id": "q1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 8}}
 
 A field that is null counts as absent. `max_tokens` and `max_completion_tokens` mean `max_new_tokens`, `id` means
-`request_id`. In a batch line `model` and `user` are accepted and change nothing: the pipeline has one model, and the
-prefix cache is divided by `tenant`.
+`request_id`. In a batch line the fields of openai_fields.py are accepted where they change nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing_extensions import TypedDict
 
 from ...errors import RequestError
 from ...records import Request, SamplingParams
+from .openai_fields import OpenAIFields
 
 if TYPE_CHECKING:
     from ...records import SourcePosition
@@ -95,14 +95,12 @@ class RequestLine(RequestFields, total=False):
 
 
 @with_config(_STRICT)
-class BatchBody(RequestFields, total=False):
+class BatchBody(RequestFields, OpenAIFields, total=False):
     """The `body` of a batch line: the request of OpenAI's chat or text completions."""
 
     prompt: str | Tokens | None
     logprobs: bool | Alternatives | None
     top_logprobs: Alternatives | None
-    model: str | None
-    user: str | None
 
 
 @with_config(_STRICT)
@@ -259,6 +257,7 @@ def _explain(error: ValidationError, line: bytes, batch: bool) -> str:
             said.append(f" or {message}")
         else:
             should = "should be " if message != detail["msg"] else "but "
+            message = message.removeprefix("Value error, ")
             said.append(f"{field}: found {_short(detail['input'])}, {should}{message[0].lower()}{message[1:]}")
     return "; ".join("".join(said) for said in problems.values())
 

@@ -281,6 +281,41 @@ def test_batch_lines_that_are_wrong():
     assert "should be 'text'" in refuse(**batch({"messages": image}))
 
 
+NO_OPS = {
+    "response_format": {"type": "text"}, "metadata": {"run": "7"}, "tools": [], "tool_choice": "auto", "store": True,
+    "parallel_tool_calls": False, "functions": [], "echo": False, "best_of": 1, "modalities": ["text"], "user": "u",
+    "service_tier": "default", "safety_identifier": "s", "prompt_cache_key": "k", "model": "m", "stream": False,
+}  # fmt: skip
+NULLS = ["stream_options", "suffix", "audio", "prediction", "logit_bias", "stop", "seed", "top_logprobs", *NO_OPS]
+
+
+def test_openai_fields_that_change_nothing_are_accepted():
+    plain = parse(custom_id="c", body={"prompt": "a"})
+    for fields in (NO_OPS, dict.fromkeys(NULLS)):
+        request = parse(custom_id="c", body={"prompt": "a", **fields})
+        assert (request.prompt, request.sampling, request.stream) == ("a", plain.sampling, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("stream_options", {"include_usage": True}),
+        ("echo", True),
+        ("best_of", 3),
+        ("best_of", True),
+        ("suffix", "end"),
+        ("service_tier", "flex"),
+    ],
+)
+def test_openai_fields_that_ask_for_something_are_refused(field, value):
+    error = refuse(custom_id="c", body={"prompt": "a", field: value})
+    assert error.startswith(f"body.{field}: found {value!r}"[:40])
+    assert error.endswith(", but it asks for what is not available yet: leave it out")
+
+
 def test_the_words_body_and_custom_id_in_a_prompt_do_not_make_a_batch_line():
     assert parse(prompt='"body" "custom_id"', id="q").request_id == "q"
 

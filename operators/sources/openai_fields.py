@@ -1,0 +1,57 @@
+"""Fields of OpenAI's requests that are no parameters here: each is taken with the values that ask for nothing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+from typing_extensions import TypedDict
+
+
+def _only(*values: Any) -> AfterValidator:
+    """Take null and these; `True` is not `1`."""
+
+    def check(found: Any) -> Any:
+        if found is None or any(found == value and type(found) is type(value) for value in values):
+            return None
+        raise ValueError("it asks for what is not available yet: leave it out")
+
+    return AfterValidator(check)
+
+
+Null = Annotated[Any, _only()]
+EmptyList = Annotated[Any, _only([])]
+PlainText = Annotated[Any, _only({"type": "text"})]
+TextOnly = Annotated[Any, _only(["text"])]
+NoChoice = Annotated[Any, _only("none", "auto")]
+UsualTier = Annotated[Any, _only("auto", "default")]
+Off = Annotated[Any, _only(False)]
+One = Annotated[Any, _only(1)]
+
+
+class OpenAIFields(TypedDict, total=False):
+    """The pipeline has one model, keeps no account of users, and writes results where its sinks say."""
+
+    model: str | None
+    user: str | None
+    safety_identifier: str | None
+    prompt_cache_key: str | None
+    metadata: dict[str, str] | None
+    store: bool | None
+    service_tier: UsualTier
+    response_format: PlainText
+    modalities: TextOnly
+    tools: EmptyList
+    tool_choice: NoChoice
+    parallel_tool_calls: bool | None
+    functions: EmptyList
+    function_call: NoChoice
+    echo: Off
+    best_of: One
+    suffix: Null
+    stream_options: Null
+    audio: Null
+    prediction: Null
+    reasoning_effort: Null
+    verbosity: Null
+    web_search_options: Null
