@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from .pipeline import Edge
-from .problems import did_you_mean, show
+from .problems import did_you_mean, nearest, show
 from .registry import find_spec
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class _Reader:
         name, port = (match["node"], match["port"]) if match else (text, None)
         if match is None or name not in self.specs:
             self.wiring.complete = False
+            if find_spec(name) and nearest(name, [other for other, spec in self.specs.items() if spec is None]):
+                return None  # meant is that one, whose type is misspelt: it has been told
             message = f"found {text!r} between arrows; write an operator's name or `name.port`"
             if text.startswith("*"):
                 message = f"found {text!r}; only `{_EVERY_ERROR}` stands for several ports, at the beginning of a chain"

@@ -1,6 +1,7 @@
 """What the README and docs/pipelines.md show is what the command line takes."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,9 +42,10 @@ def test_the_pipeline_of_the_readme_is_valid(folder: Path) -> None:
 
 
 def test_the_readmes_broken_pipeline_gives_the_message_shown(folder: Path) -> None:
-    (folder / "broken.yaml").write_text("# \n\n\noperators:\n  read: {type: stdin_source}\n  tokenise: {}\nedges: []\n")
-    shown = next(line for line in README.splitlines() if line.startswith("broken.yaml:"))
-    assert shown in validate("broken.yaml")[1].splitlines()
+    (folder / "answers.yaml").write_text(block(README, "yaml", "name: answers"))
+    shown = README[README.index("$ sed ") :].splitlines()
+    subprocess.run(shown[0].removeprefix("$ ").partition(";")[0], shell=True, check=True)
+    assert validate("broken.yaml") == (78, f"{shown[1]}\n")
 
 
 def test_the_operator_of_the_readme_fits_where_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

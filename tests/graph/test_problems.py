@@ -42,6 +42,7 @@ def problems(tmp_path: Path, good: str) -> Any:
 CASES = {
     "unknown section": (("name: good", "nmae: good"), r"p.yaml:1:1: unknown section 'nmae'; did you mean 'name'\?"),
     "unknown operator": (("type: write", "type: wirte"), r"p.yaml:16:11: no operator type 'wirte'; did you mean 'write'\?"),
+    "misspelt operator": (("  prefill: {}", "  prefil: {}"), r"p.yaml:9:3: no operator type 'prefil'; did you mean 'prefill'\?"),
     "dotted path": (("type: write", "type: os.system"), r"p.yaml:16:11: found 'os.system' as a type: a pipeline cannot import code; .*--allow-module os"),
     "unknown field": (("max_batch:", "max_bach:"), r"p.yaml:11:5: operator 'decode' has no field 'max_bach'; did you mean 'max_batch'\?"),
     "mistyped field": (("max_batch: ${batch}", "max_batch: many"), r"p.yaml:11:16: operator 'decode', field 'max_batch': found 'many', input should be a valid integer.*write `max_batch: <integer > 0>`"),
@@ -101,7 +102,7 @@ def test_behind_an_unknown_operator_nothing_is_guessed(problems: Any) -> None:
     assert len(problems(("detokenize -> write", "detokenize -> own -> filter -> write"), ("edges:", "  own:\n  filter:\nedges:"))) == 1
 
 
-@pytest.mark.parametrize("case", ["unknown operator", "unknown field", "mistyped field", "unresolved", "unknown output port",
+@pytest.mark.parametrize("case", ["unknown operator", "misspelt operator", "unknown field", "mistyped field", "unresolved", "unknown output port",
                                   "dangling edge", "cycle", "kind mismatch", "missing stage", "two writers"])  # fmt: skip
 def test_one_mistake_is_one_problem(case: str, problems: Any) -> None:
     follow = {"kind mismatch": 2, "missing stage": 2}  # the operator that was left out has no edges
