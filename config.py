@@ -20,6 +20,14 @@ class KVGranularity(StrEnum):
     HEAD = "head"
 
 
+class KVEviction(StrEnum):
+    """Which cached prefix is given up first: least recently, least frequently used, or cheapest to recompute."""
+
+    LRU = "lru"
+    LFU = "lfu"
+    COST = "cost"
+
+
 class SchedulerMode(StrEnum):
     """How prefill and decode share workers."""
 
@@ -57,6 +65,7 @@ def _lower(value: Any) -> Any:
 
 
 Granularity = Annotated[KVGranularity, BeforeValidator(_lower)]
+Eviction = Annotated[KVEviction, BeforeValidator(_lower)]
 Mode = Annotated[SchedulerMode, BeforeValidator(_lower)]
 Inference = Annotated[InferenceMode, BeforeValidator(_lower)]
 Dtype = Annotated[DType, BeforeValidator(_lower)]
@@ -110,7 +119,11 @@ class ModelConfig(Config):
 
 
 class KVCacheConfig(Config):
-    """The paged KV pool and its prefix tree. `max_tokens` bounds the pool; `block_size` is in tokens."""
+    """The paged KV pool and its prefix tree. `max_tokens` bounds the pool; `block_size` is in tokens.
+
+    `eviction` says which prefix is given up for room: the least recently used one, the least frequently used one, or
+    the one that is cheapest to recompute for what it holds and how often it was used.
+    """
 
     max_tokens: Positive = 65536
     block_size: Positive = 16
@@ -122,6 +135,7 @@ class KVCacheConfig(Config):
     nvme_path: Path | None = None
     enable_prefix_caching: bool = True
     enable_cross_request_sharing: bool = True
+    eviction: Eviction = KVEviction.LRU
     enable_migration: bool = False
     hot_threshold: Annotated[float, Field(gt=0)] = 1.0
     cold_timeout_s: Annotated[float, Field(gt=0)] = 60.0

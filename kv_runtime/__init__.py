@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from ..config import KVGranularity
+from ..config import KVEviction, KVGranularity
 from .cache import Acquired, Commit, KVCache, KVCacheStats, PrefixMatch, Want
+from .eviction import make_eviction_policy
 
-__all__ = ["Acquired", "Commit", "KVCache", "KVCacheStats", "KVGranularity", "PrefixMatch", "Want"]
+__all__ = [
+    "Acquired",
+    "Commit",
+    "KVCache",
+    "KVCacheStats",
+    "KVEviction",
+    "KVGranularity",
+    "PrefixMatch",
+    "Want",
+    "make_eviction_policy",
+]

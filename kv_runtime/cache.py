@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..errors import KVCacheError
+from .eviction import LRUEviction
 from .pool import NO_BLOCKS, BlockPool
 from .radix_tree import RadixTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .eviction import EvictionPolicy
     from .pool import Int32Array
     from .radix_tree import Namespace
 
@@ -89,11 +91,17 @@ class KVCache:
     more to copy a partly covered last block into and `release` the original; `allocate` the rest; compute; `commit`;
     `release`. Thread-safe: every method may be called from any thread.
 
+    `policy` says which prefix is given up first, without one the least recently used; it serves this cache only.
     With `enable_prefix_caching` or `share_across_requests` off, `match` finds nothing and `commit` inserts nothing.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, share_across_requests: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        share_across_requests: bool = True,
+        policy: EvictionPolicy | None = None,
     ) -> None:
         """Make an empty cache.
 
@@ -106,7 +114,7 @@ class KVCache:
         self.block_size = block_size
         self.shares_prefixes = enable_prefix_caching and share_across_requests
         self._pool = BlockPool(num_blocks)
-        self._tree = RadixTree(self._pool, block_size)
+        self._tree = RadixTree(self._pool, block_size, policy or LRUEviction())
         self._lock = threading.Lock()
         self._queries = self._queried_tokens = self._hits = self._hit_tokens = 0
         self._committed_tokens = self._evicted_blocks = 0

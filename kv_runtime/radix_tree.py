@@ -6,12 +6,13 @@ its first block (the same one after a split, else a copy that its sequence made)
 The tree holds one reference per node and block. It vouches for [start, end) only: what a sequence later appends to
 a shared, partly filled block lies past every `end` that refers to it.
 
-Eviction is LRU. `_recency` lists nodes by last use, a node always before its parent, so its first entry is a leaf or
-a node all of whose children are parked. A leaf whose last block has an owner cannot give anything: it is *parked*
-outside the list when eviction meets it and returns when that block is released. Each step is O(1) per evicted
-block, or paid for by the release that it answers.
+Eviction trims leaves from their tails, in the order that a policy (`eviction.py`) gives. A leaf whose last block has
+an owner cannot give anything: it is *parked* outside the policy's list when eviction meets it and returns when that
+block is released. Each step is paid for by an evicted block, or by the release that it answers. A use that ends
+inside a node splits it, so that what nobody uses any more ages; what extends a leaf inherits its uses.
 
-The pool hears of many changes at once, in `settle`; what is entered has an owner, so nothing is lost meanwhile.
+The pool hears of many changes at once, in `settle`; what is entered has an owner or is in the tree already, so
+nothing is lost meanwhile.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .pool import NO_BLOCKS, Int32Array
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .eviction import EvictionPolicy
     from .pool import BlockPool, Blocks
 
 Namespace = tuple[str, str]
@@ -36,7 +38,7 @@ NO_TOKENS: Int32Array = np.empty(0, dtype=np.int32)
 class Node:
     """A run of tokens and its blocks; both arrays are replaced, never written to. A root is its own parent."""
 
-    __slots__ = ("blocks", "children", "end", "namespace", "parent", "parked_on", "start", "tokens")
+    __slots__ = ("blocks", "children", "end", "hits", "namespace", "parent", "parked_on", "start", "tokens", "used_at")
 
     def __init__(self, parent: Node | None, start: int, tokens: Int32Array, blocks: Int32Array) -> None:
         self.parent = parent or self
@@ -45,8 +47,14 @@ class Node:
         self.tokens = tokens
         self.blocks = blocks
         self.children: dict[int, Node] = {}  # by first token
-        self.parked_on = -1  # the block whose release takes this leaf back into the recency list
+        self.parked_on = -1  # the block whose release takes this leaf back into the policy's list
         self.namespace: Namespace | None = None  # set on roots
+        self.hits = 0  # requests that did not have to compute it
+        self.used_at = 0.0  # by the policy's clock
+
+    def __str__(self) -> str:
+        blocks = ", ".join(map(str, self.blocks[:4])) + (", ..." if self.blocks.size > 4 else "")
+        return f"[{self.start}, {self.end}) in blocks [{blocks}]"
 
 
 def common_prefix_length(a: Int32Array, b: Int32Array) -> int:
@@ -76,11 +84,11 @@ def _joined(arrays: list[Int32Array]) -> Int32Array:
 class RadixTree:
     """Prefixes per namespace; see the module's docstring. Not thread-safe."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, policy: EvictionPolicy) -> None:
         self._pool = pool
         self._block_size = block_size
         self._roots: dict[Namespace, Node] = {}
-        self._recency: OrderedDict[Node, None] = OrderedDict()
+        self._policy = policy
         self._parked: OrderedDict[int, list[Node]] = OrderedDict()
         self._entered: list[Int32Array] = []  # blocks whose references the pool does not know of
         self._dropped: list[Int32Array] = []
@@ -94,7 +102,8 @@ class RadixTree:
         if not path:
             return 0, NO_BLOCKS
         if touch:
-            self._touch(path)
+            self._split_unused(path, position)
+            self._policy.hit(path)
         size, node = self._block_size, path[-1]
         first = node.start // size
         parts = [node.blocks[: (position - 1) // size - first + 1]]
@@ -113,7 +122,7 @@ class RadixTree:
             return 0
         path, position = self._walk(root, tokens)
         if touch:
-            self._touch(path)
+            self._touch(path, position)
         return position
 
     def insert(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> int:
@@ -125,7 +134,7 @@ class RadixTree:
         root = self._roots.get(namespace)
         path, position = self._walk(root, tokens) if root else ([], 0)
         if position == tokens.size:
-            self._touch(path)
+            self._touch(path, position)
             return 0
         first = position // self._block_size
         fresh_blocks = blocks[first:].copy()
@@ -142,11 +151,11 @@ class RadixTree:
             child = Node(parent, position, tokens[position:].copy(), fresh_blocks)
             parent.children[tokens.item(position)] = child
             path.append(child)
-        self._touch(path)
+        self._touch(path, tokens.size)
         return tokens.size - position
 
     def evict(self, num_free: int) -> int:
-        """Trim the least recently used leaves from their tails until `num_free` blocks are free; return how many were.
+        """Trim leaves from their tails, as the policy orders them, until `num_free` blocks are free; return the gain.
 
         Blocks with owners are left in peace, unless evictable blocks can only be reached by forgetting them: then
         the tree drops its own reference, and their owners keep theirs.
@@ -162,15 +171,13 @@ class RadixTree:
         return pool.num_free - before
 
     def _trim_tails(self, count: int) -> int:
-        """Drop `count` blocks without owners, fewer if the recency list ends; return how many."""
+        """Drop `count` blocks without owners, fewer if the policy has no leaf left; return how many."""
         owners, missing = self._pool.owners, count
-        while missing and self._recency:
-            node = next(iter(self._recency))
-            if node.children:
-                del self._recency[node]
-                continue
+        while missing and (node := self._policy.victim()):
             unowned = owners.count_trailing_zeros(node.blocks[-missing:])
             if unowned:
+                if unowned == node.blocks.size:
+                    self._policy.unlist(node)
                 self._trim(node, unowned)
                 missing -= unowned
             else:
@@ -187,18 +194,18 @@ class RadixTree:
             self._dropped = []
 
     def unpark(self, blocks: Blocks) -> None:
-        """Make the leaves that waited for these blocks evictable again, as the least recently used ones."""
+        """Make the leaves that waited for these blocks evictable again."""
         if not self._parked:
             return
         for block in blocks:
             for node in self._parked.pop(int(block), ()):
                 node.parked_on = -1
-                self._relist(node)
+                self._policy.relist(node)
 
     def clear(self) -> int:
         """Forget everything; return how many blocks became free by it."""
         self._roots.clear()
-        self._recency.clear()
+        self._policy.clear()
         self._parked.clear()
         return self._pool.uncache_all()
 
@@ -220,15 +227,22 @@ class RadixTree:
                 break
         return path, position
 
-    def _touch(self, path: list[Node]) -> None:
-        for node in reversed(path):
-            if node.parked_on >= 0:
-                self._unpark_one(node)
-            self._recency[node] = None
-            self._recency.move_to_end(node)
+    def _touch(self, path: list[Node], position: int) -> None:
+        if path:
+            self._split_unused(path, position)
+            self._policy.touch(path)
+
+    def _split_unused(self, path: list[Node], position: int) -> None:
+        """Before a use up to `position` is told to the policy, cut off what it leaves of the last node."""
+        last = path[-1]
+        if last.end - position >= self._block_size:
+            path[-1] = self._split(last, position)
+            self.settle()
+        elif last.parked_on >= 0:
+            self._unpark_one(last)
 
     def _split(self, node: Node, position: int) -> Node:
-        """Cut a node at a token inside it; return the new upper part, which is not in the recency list yet."""
+        """Cut a node at a token inside it; return the new upper part, which the policy has not been told of."""
         size, parent = self._block_size, node.parent
         cut = position - node.start
         first = node.start // size
@@ -240,6 +254,7 @@ class RadixTree:
         node.parent, node.start = upper, position
         node.tokens, node.blocks = node.tokens[cut:].copy(), node.blocks[position // size - first :].copy()
         upper.children[node.tokens.item(0)] = node
+        upper.hits, upper.used_at = node.hits, node.used_at
         return upper
 
     def _extend(self, leaf: Node, tokens: Int32Array, blocks: Int32Array) -> None:
@@ -265,15 +280,14 @@ class RadixTree:
     def _remove(self, leaf: Node) -> None:
         parent = leaf.parent
         del parent.children[leaf.tokens.item(0)]
-        self._recency.pop(leaf, None)
         if not parent.children:
             if parent.namespace is not None:
                 del self._roots[parent.namespace]
             else:
-                self._relist(parent)
+                self._policy.relist(parent)
 
     def _park(self, leaf: Node) -> None:
-        del self._recency[leaf]
+        self._policy.unlist(leaf)
         leaf.parked_on = leaf.blocks.item(-1)
         self._parked.setdefault(leaf.parked_on, []).append(leaf)
 
@@ -284,16 +298,6 @@ class RadixTree:
             del self._parked[leaf.parked_on]
         leaf.parked_on = -1
 
-    def _relist(self, node: Node) -> None:
-        """Put a node, and those of its ancestors that are not listed, in front of the recency list."""
-        chain: list[Node] = []
-        while node.namespace is None and node not in self._recency:
-            chain.append(node)
-            node = node.parent
-        for unlisted in reversed(chain):
-            self._recency[unlisted] = None
-            self._recency.move_to_end(unlisted, last=False)
-
     def _forget_parked(self) -> None:
         """Drop the owned tail of the leaf that was parked first, so that what is above it can be evicted."""
         if not self._parked:
@@ -303,7 +307,7 @@ class RadixTree:
         unowned = np.flatnonzero(self._pool.owners.counts[leaf.blocks] == 0)
         kept = int(unowned[-1]) + 1 if unowned.size else 0
         if kept:
-            self._relist(leaf)
+            self._policy.relist(leaf)
         self._trim(leaf, leaf.blocks.size - kept)
 
     def nodes(self) -> Iterator[Node]:
@@ -316,34 +320,30 @@ class RadixTree:
             waiting.extend(node.children.values())
 
     def check(self) -> None:
-        """Verify the structure, the references and the recency list.
+        """Verify the structure, the references and the policy's list.
 
         Raises:
             KVCacheError: naming the first thing that is wrong.
         """
         held = np.zeros(self._pool.num_blocks, dtype=np.int64)
-        rank = {node: index for index, node in enumerate(self._recency)}
-        listed = parked = 0
+        self._policy.check()
+        policy_list, listed, parked = self._policy.listed, 0, 0
         for namespace, root in self._roots.items():
             if not root.children or root.namespace != namespace:
                 raise KVCacheError(f"the root of namespace {namespace} is empty or is that of {root.namespace}")
         for node in self.nodes():
             self._check_node(node)
             np.add.at(held, node.blocks, 1)
-            if node in rank:
+            if node in policy_list:
                 listed += 1
-                if node.parent.namespace is None and rank.get(node.parent, -1) < rank[node]:
-                    raise KVCacheError(f"{_name(node)} was used after its parent, which eviction relies on")
             elif not node.children:
                 parked += 1
                 if node not in self._parked.get(node.parked_on, ()) or node.blocks.item(-1) != node.parked_on:
-                    raise KVCacheError(
-                        f"leaf {_name(node)} is neither listed for eviction nor parked on its last block"
-                    )
+                    raise KVCacheError(f"leaf {node} is neither listed for eviction nor parked on its last block")
                 if not self._pool.owners.counts[node.parked_on]:
-                    raise KVCacheError(f"leaf {_name(node)} waits for block {node.parked_on}, which nobody owns")
-        if listed != len(self._recency) or parked != sum(map(len, self._parked.values())):
-            raise KVCacheError("the recency list or the parked leaves hold a node that is not in the tree")
+                    raise KVCacheError(f"leaf {node} waits for block {node.parked_on}, which nobody owns")
+        if listed != len(policy_list) or parked != sum(map(len, self._parked.values())):
+            raise KVCacheError("the policy's list or the parked leaves hold a node that is not in the tree")
         wrong = held != self._pool.tree.counts
         if wrong.any():
             block = int(wrong.argmax())
@@ -362,8 +362,4 @@ class RadixTree:
         elif node.blocks.size != (node.end - 1) // size - node.start // size + 1:
             problem = f"holds {node.blocks.size} blocks of {size} tokens"
         if problem:
-            raise KVCacheError(f"tree node {_name(node)} {problem}")
-
-
-def _name(node: Node) -> str:
-    return f"[{node.start}, {node.end}) in blocks {node.blocks[:4].tolist()}{'...' if node.blocks.size > 4 else ''}"
+            raise KVCacheError(f"tree node {node} {problem}")

@@ -13,6 +13,7 @@ from ..backends.host import memory_bytes
 from ..config import BackendType
 from ..errors import ConfigError, EngineClosedError
 from ..kv_runtime.cache import KVCache
+from ..kv_runtime.eviction import make_eviction_policy
 from .calls import CallDesk
 from .flow.groups import lone_error_unwrapped
 from .memory import check_kv_pool, check_slots
@@ -59,7 +60,11 @@ class EngineServices:
     def kv(self) -> KVCache:
         kv = self.config.kv_cache
         return KVCache(
-            kv.max_tokens // kv.block_size, kv.block_size, kv.enable_prefix_caching, kv.enable_cross_request_sharing
+            kv.max_tokens // kv.block_size,
+            kv.block_size,
+            kv.enable_prefix_caching,
+            kv.enable_cross_request_sharing,
+            make_eviction_policy(kv.eviction),
         )
 
     @cached_property

@@ -16,8 +16,9 @@ from sageLLM import (
     SageLLMConfig,
     SchedulerConfig,
     SchedulerMode,
+    SchedulerPolicy,
 )
-from sageLLM.config import BackendType, DType
+from sageLLM.config import BackendType, DType, KVEviction
 from sageLLM.errors import ConfigError, NotAvailableError
 
 DEFAULTS = {
@@ -30,6 +31,7 @@ DEFAULTS = {
         "max_tokens": 65536, "block_size": 16, "granularity": KVGranularity.BLOCK, "enable_tiering": False,
         "hbm_ratio": 1.0, "ddr_ratio": 0.0, "nvme_ratio": 0.0, "nvme_path": None, "enable_prefix_caching": True,
         "enable_cross_request_sharing": True, "enable_migration": False, "hot_threshold": 1.0, "cold_timeout_s": 60.0,
+        "eviction": KVEviction.LRU,
     },
     SchedulerConfig: {
         "mode": SchedulerMode.HYBRID, "prefill_workers": 1, "decode_workers": 1, "max_batch_size": 64,
@@ -68,7 +70,7 @@ def test_yaml_writes_enums_in_any_case(tmp_path, write):
             {
                 "inference_mode": write("standard"),
                 "model": {"dtype": write("bfloat16")},
-                "kv_cache": {"granularity": write("block")},
+                "kv_cache": {"granularity": write("block"), "eviction": write("cost")},
                 "scheduler": {"mode": write("hybrid")},
                 "backend": {"backend_type": write("cpu")},
             }
@@ -78,15 +80,46 @@ def test_yaml_writes_enums_in_any_case(tmp_path, write):
     assert config.inference_mode is InferenceMode.STANDARD
     assert config.model.dtype is DType.BFLOAT16
     assert config.kv_cache.granularity is KVGranularity.BLOCK
+    assert config.kv_cache.eviction is KVEviction.COST
     assert config.scheduler.mode is SchedulerMode.HYBRID
     assert config.backend.backend_type is BackendType.CPU
+
+
+@pytest.mark.parametrize("policy", SchedulerPolicy)
+def test_a_policy_is_written_in_any_case(policy):
+    assert SchedulerConfig().policy is SchedulerPolicy.FCFS
+    for text in (policy.value, policy.name):
+        assert SchedulerConfig(policy=text).policy is policy
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "problem"),
+    [
+        ({"policy": "lifo"}, "'fcfs', 'priority'"),
+        ({"tenant_weights": {"a": 2}}, "policy FCFS ignores tenant_weights: leave them out, or write policy FAIR_SHARE"),
+        ({"policy": "fair_share", "tenant_weights": {"a": 0}}, "greater than 0"),
+        ({"policy": "deadline", "max_overtakes": 3}, "policy DEADLINE ignores max_overtakes: leave it out, or write"),
+        ({"policy": "shortest_job", "max_overtakes": 0}, "greater than 0"),
+    ],
+)
+def test_a_policy_and_a_parameter_that_it_ignores_are_an_error(scheduler, problem):
+    with pytest.raises(ValidationError, match=problem):
+        SchedulerConfig(**scheduler)
+
+
+@pytest.mark.parametrize("switch", ["enable_prefix_caching", "enable_cross_request_sharing"])
+def test_longest_prefix_without_a_prefix_cache_is_an_error(switch):
+    with pytest.raises(ValidationError, match="LONGEST_PREFIX needs prefixes to be cached: leave kv_cache.enable_pre"):
+        SageLLMConfig(scheduler={"policy": "longest_prefix"}, kv_cache={switch: False})
 
 
 def test_there_and_back(tmp_path):
     config = SageLLMConfig(
         model=ModelConfig(model_id="some/model", dtype="float32", max_seq_len=128),
         kv_cache=KVCacheConfig(max_tokens=4096, block_size=8, enable_prefix_caching=False),
-        scheduler=SchedulerConfig(max_batch_size=3, request_timeout_s=0),
+        scheduler=SchedulerConfig(
+            max_batch_size=3, request_timeout_s=0, policy="fair_share", tenant_weights={"gold": 2.5}
+        ),
         backend=BackendConfig(backend_type="cpu", threads=2),
         benchmark=BenchmarkConfig(enable_gates=True, max_ttft_ms=100),
     )

@@ -1,11 +1,11 @@
-"""In which order prefixes are given up, and what never is."""
+"""In which order prefixes are given up, and what never is; least recently used first where no policy is named."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from sageLLM.kv_runtime import KVCache
+from sageLLM.kv_runtime import KVCache, KVEviction, make_eviction_policy
 
 ANYONE = ("", "")
 
@@ -79,8 +79,83 @@ def test_a_split_makes_the_unused_tail_the_older_part(tokens, store, cached_leng
     assert [cached_length(cache, s) for s in (old, other)] == [8, 12]
 
 
-def test_what_has_an_owner_stays(tokens, store, cached_length):
-    cache = KVCache(4, 4)
+def test_a_match_lets_what_it_does_not_use_age(tokens, store, cached_length):
+    cache = KVCache(8, 4)
+    long, other = tokens(16), tokens(16, 100)
+    store(cache, long)
+    store(cache, other)
+    cache.release(cache.match(long, ANYONE, 6).blocks)
+    cache.allocate(2)
+    assert [cached_length(cache, s) for s in (long, other)] == [8, 16]
+    cache.allocate(4)
+    assert [cached_length(cache, s) for s in (long, other)] == [6, 0]
+    cache.check_integrity()
+
+
+def test_looking_up_a_prefix_lets_the_rest_age_too(tokens, store, cached_length):
+    cache = KVCache(8, 4)
+    long, other = tokens(16), tokens(16, 100)
+    store(cache, long)
+    store(cache, other)
+    assert cache.count_cached([(tokens(9), ANYONE)]) == [8]
+    cache.allocate(6)
+    assert [cached_length(cache, s) for s in (long, other)] == [8, 0]
+
+
+def use(cache, sequence, times=1):
+    for _ in range(times):
+        cache.release(cache.match(sequence, ANYONE, sequence.size).blocks)
+
+
+@pytest.mark.parametrize("eviction", [KVEviction.LFU, KVEviction.COST])
+def test_what_was_used_often_outlives_what_was_used_last(tokens, store, cached_length, eviction):
+    cache = KVCache(4, 4, policy=make_eviction_policy(eviction))
+    often, late = tokens(8), tokens(8, 100)
+    store(cache, often)
+    store(cache, late)
+    use(cache, often, 3)
+    use(cache, late)
+    cache.allocate(2)
+    assert [cached_length(cache, s) for s in (often, late)] == [8, 0]
+
+
+@pytest.mark.parametrize("eviction", [KVEviction.LFU, KVEviction.COST])
+def test_what_was_once_used_often_ages(tokens, store, cached_length, eviction):
+    cache = KVCache(4, 4, policy=make_eviction_policy(eviction))
+    store(cache, tokens(8))
+    use(cache, tokens(8), 5)
+    for new in range(1, 10):
+        store(cache, tokens(8, 100 * new))
+    assert cached_length(cache, tokens(8)) == 0
+
+
+def test_committing_is_no_more_frequent_use(tokens, store, cached_length):
+    cache = KVCache(6, 4, policy=make_eviction_policy(KVEviction.LFU))
+    computed, reused = tokens(8), tokens(8, 100)
+    store(cache, reused)
+    use(cache, reused)
+    for _ in range(5):
+        store(cache, computed)
+    cache.allocate(4)
+    assert [cached_length(cache, s) for s in (computed, reused)] == [0, 8]
+
+
+@pytest.mark.parametrize(("eviction", "left"), [(KVEviction.LFU, [12, 16]), (KVEviction.COST, [16, 12])])
+def test_cost_keeps_what_comes_late_in_a_prompt(tokens, store, cached_length, eviction, left):
+    """Of two tails that nobody used again, that from position 12 on takes longer to recompute than that from 4 on."""
+    cache = KVCache(8, 4, policy=make_eviction_policy(eviction, attention_parity=8))
+    late, early = tokens(16), tokens(16, 100)
+    store(cache, late)
+    store(cache, early)
+    use(cache, late[:12])
+    use(cache, early[:4])
+    cache.allocate(1)
+    assert [cached_length(cache, s) for s in (late, early)] == left
+
+
+@pytest.mark.parametrize("eviction", KVEviction)
+def test_what_has_an_owner_stays(tokens, store, cached_length, eviction):
+    cache = KVCache(4, 4, policy=make_eviction_policy(eviction))
     running = cache.allocate(2)
     cache.commit(tokens(8), running, ANYONE)
     store(cache, tokens(8, 100))
@@ -148,9 +223,10 @@ def test_a_trimmed_leaf_gives_its_memory_back(tokens, store):
     assert leaf.tokens.base is None or leaf.tokens.base.size <= 32
 
 
-def test_evictable_blocks_above_an_owned_leaf_can_be_had(tokens, store):
+@pytest.mark.parametrize("eviction", KVEviction)
+def test_evictable_blocks_above_an_owned_leaf_can_be_had(tokens, store, eviction):
     """Two sequences computed the same prefix. The tree kept the first one's blocks, the second still runs."""
-    cache = KVCache(6, 4)
+    cache = KVCache(6, 4, policy=make_eviction_policy(eviction))
     second = cache.allocate(3)
     store(cache, tokens(8))
     cache.commit(tokens(12), second, ANYONE)
@@ -160,9 +236,10 @@ def test_evictable_blocks_above_an_owned_leaf_can_be_had(tokens, store):
     cache.check_integrity([second, taken])
 
 
+@pytest.mark.parametrize("eviction", KVEviction)
 @pytest.mark.parametrize("count", [1, 7, 64])
-def test_eviction_at_any_batch_size_gives_every_block_once(tokens, store, count):
-    cache = KVCache(128, 4)
+def test_eviction_at_any_batch_size_gives_every_block_once(tokens, store, count, eviction):
+    cache = KVCache(128, 4, policy=make_eviction_policy(eviction))
     for index in range(32):
         store(cache, np.append(tokens(index % 5 + 1), tokens(12, 100 * (index + 1))))
     taken = []
@@ -179,4 +256,4 @@ def test_empty_namespaces_leave_nothing_behind(tokens, store):
     assert len(cache._tree._roots) == 2
     cache.allocate(4)
     assert not cache._tree._roots
-    assert not cache._tree._recency
+    assert not cache._tree._policy.listed

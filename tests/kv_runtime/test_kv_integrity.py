@@ -6,20 +6,25 @@ import numpy as np
 import pytest
 
 from sageLLM.errors import KVCacheError
-from sageLLM.kv_runtime import KVCache
+from sageLLM.kv_runtime import KVCache, KVEviction, make_eviction_policy
+from sageLLM.kv_runtime.radix_tree import NO_TOKENS, Node
 
 ANYONE = ("", "")
 
 
-@pytest.fixture
-def cache(tokens, store):
-    """Two cached sequences that branch inside a block, and one owned block."""
-    cache = KVCache(12, 4)
+def make_cache(tokens, store, eviction):
+    cache = KVCache(12, 4, policy=make_eviction_policy(eviction))
     store(cache, tokens(10))
     store(cache, np.append(tokens(6), tokens(4, 100)))
     cache.allocate(1)
     cache.check_integrity()
     return cache
+
+
+@pytest.fixture
+def cache(tokens, store):
+    """Two cached sequences that branch inside a block, and one owned block."""
+    return make_cache(tokens, store, KVEviction.LRU)
 
 
 def branch(cache):
@@ -33,7 +38,7 @@ def rename_first_token(cache):
 
 
 def swap_recency(cache):
-    cache._tree._recency.move_to_end(branch(cache)[1])
+    cache._tree._policy._recency.move_to_end(branch(cache)[1])
 
 
 def list_a_free_block_twice(cache):
@@ -65,14 +70,33 @@ def free_a_cached_block(cache):
         (lambda c: setattr(branch(c)[1], "blocks", branch(c)[1].blocks[:1]), "holds 1 blocks of 4 tokens"),
         (rename_first_token, "not its parent's child under its first token"),
         (swap_recency, "used after its parent"),
-        (lambda c: c._tree._recency.pop(branch(c)[1]), "neither listed for eviction nor parked"),
+        (lambda c: c._tree._policy.unlist(branch(c)[1]), "neither listed for eviction nor parked"),
         (lambda c: c._tree._park(branch(c)[1]), "which nobody owns"),
-        (lambda c: c._tree._recency.__setitem__(object(), None), "a node that is not in the tree"),
+        (lambda c: c._tree._policy.touch([Node(None, 0, NO_TOKENS, NO_TOKENS)]), "a node that is not in the tree"),
         (lambda c: c._tree._roots.__setitem__(("x", ""), c._tree._roots[ANYONE]), r"namespace \('x', ''\)"),
     ],
 )
 def test_tampering_is_found(cache, tamper, message):
     tamper(cache)
+    with pytest.raises(KVCacheError, match=message):
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("eviction", [KVEviction.LFU, KVEviction.COST])
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda policy: policy._heap.reverse(), "not where priority .* belongs in the eviction heap"),
+        (lambda policy: policy._heap.pop(), "1 entries for 2 listed nodes"),
+        (lambda policy: policy._listed.clear(), "2 entries for 0 listed nodes"),
+        (lambda policy: setattr(policy._heap[0][2], "hits", -1), "its last use gave it less"),
+        (lambda policy: setattr(policy._heap[0][2], "used_at", 9.0), "its last use gave it less"),
+        (lambda policy: policy.unlist(policy.victim()), "neither listed for eviction nor parked"),
+    ],
+)
+def test_a_wrong_ranking_is_found(tokens, store, eviction, tamper, message):
+    cache = make_cache(tokens, store, eviction)
+    tamper(cache._tree._policy)
     with pytest.raises(KVCacheError, match=message):
         cache.check_integrity()
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sageLLM.kv_runtime import Commit, KVCache, pool
+from sageLLM.kv_runtime import Commit, KVCache, KVEviction, make_eviction_policy, pool
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 NAMESPACES = st.sampled_from([("", ""), ("a", ""), ("", "a")])
@@ -31,9 +31,11 @@ class Owner:
 class CacheMachine(RuleBasedStateMachine):
     """Sequences live as in the worker. KV is modelled as "all tokens up to here", the one thing that it depends on."""
 
+    eviction = KVEviction.LRU
+
     @initialize(num_blocks=st.sampled_from([8, 16, 400]), block_size=st.sampled_from([1, 3, 4]))
     def make(self, num_blocks, block_size):
-        self.cache = KVCache(num_blocks, block_size)
+        self.cache = KVCache(num_blocks, block_size, policy=make_eviction_policy(self.eviction, attention_parity=4))
         self.size = block_size
         self.kv = {}  # (block, offset) -> (namespace, tokens up to and including that position)
         self.committed = {}  # namespace -> every prefix ever committed
@@ -178,6 +180,12 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.allocate(1) is None
         self.cache.release(blocks)
 
+    @precondition(lambda self: self.cache.available())
+    @rule(data=st.data())
+    def take_some(self, data):
+        """Evicts in small pieces, between which the tree lives on."""
+        self.cache.release(self.allocate(data.draw(st.integers(1, self.cache.available()))))
+
     @rule()
     def clear(self):
         self.cache.clear()
@@ -211,10 +219,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check_integrity([])
 
 
+@pytest.mark.parametrize("eviction", KVEviction)
 @pytest.mark.parametrize("few", [0, pool.FEW], ids=["vectorised", "loops"])
-def test_cache_behaves_like_its_model(monkeypatch, few):
+def test_cache_behaves_like_its_model(monkeypatch, few, eviction):
     monkeypatch.setattr(pool, "FEW", few)
-    machine = type("Machine", (CacheMachine,), {})
+    machine = type("Machine", (CacheMachine,), {"eviction": eviction})
     run = machine.TestCase("runTest")
     run.settings = settings(
         max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
