@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 class CallSource(Operator[OperatorConfig]):
     """Emits the requests that other threads submit to SageLLMEngine, until it is shut down. No file may name it.
 
-    Guarantee: each submitted request is emitted once, in order of submission; at-most-once, as the caller is gone
+    Guarantee: each submitted request is emitted once, in order of submission; at most once, as the caller is gone
     when the process is.
     """
 
     outputs = (Port("out", frozenset({RecordKind.REQUEST})),)
-    guarantee = "at-most-once: each submitted request once, in order of submission"
+    guarantee = "at most once: each submitted request once, in order of submission"
 
     async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         async for requests in self.context.engine.calls.arrivals:

@@ -50,7 +50,10 @@ class JsonlSource(Operator[JsonlSourceConfig]):
 
     config_model = JsonlSourceConfig
     outputs = (Port("out", frozenset({RecordKind.REQUEST})), ERROR_PORT)
-    guarantee = "exactly once with jsonl_sink, across kill -9; at least once with any other sink"
+    guarantee = (
+        "exactly once with jsonl_sink, across kill -9; with any other sink at most once in a run, and each run reads "
+        "the file from its beginning"
+    )
     reads = "path"
     example = """\
 operators:

@@ -56,6 +56,14 @@ def test_the_operator_of_the_readme_fits_where_it_says(folder: Path, monkeypatch
     assert validate("p.yaml", "--allow-module", "shout")[0] == 0
 
 
+def test_the_sources_promise_what_the_delivery_table_says(folder: Path) -> None:
+    rows = dict(re.findall(r"^\| `(\w+_source)` \| (.*) \|$", REFERENCE.replace("`kill -9`", "kill -9"), re.MULTILINE))
+    jsonl, other = rows["jsonl_source"].split(" | ")
+    expected = f"{jsonl.replace('once,', 'once with jsonl_sink,')}; with any other sink {other}"
+    assert registry.all_specs()["jsonl_source"].guarantee == expected
+    assert registry.all_specs()["stdin_source"].guarantee == rows["stdin_source"].split(" | ")[0]
+
+
 def test_the_stdin_pipeline_of_the_reference_is_valid(folder: Path) -> None:
     (folder / "ask.yaml").write_text(block(REFERENCE, "yaml", "# ask.yaml"))
     assert validate("ask.yaml")[0] == 0
