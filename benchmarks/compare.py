@@ -119,4 +119,5 @@ def format_comparison(results: list[Comparison]) -> str:
     known = [[name, *figures] for name, figures in PUBLISHED.items()]
     columns = ["elsewhere: 2 cores, AVX512-bf16", "single TTFT ms", "TPOT ms", "batch tok/s", "prefix tok/s"]
     columns += ["overhead req/s"]
-    return format_table(header, rows) + "\n\n" + format_table(columns, known)
+    note = "same tokens: weights are random, so in bfloat16 near ties are rounded apart; in float32 they are the same"
+    return "\n\n".join((format_table(header, rows), note, format_table(columns, known)))
