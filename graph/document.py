@@ -144,6 +144,8 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str, source: str) -> str:
     hint = ""
     if "${" in shown and ("{" in shown.replace("${", "") or "[" in shown):
         hint = '; inside {...} and [...] a reference needs quotes: "${name}"'
+    elif message.endswith("while scanning an alias"):
+        hint = '; a text that begins with * needs quotes: "*.error -> dead"'
     elif "\t" in shown[: len(shown) - len(shown.lstrip())]:
         hint = "; indent with spaces, not tabs"
     return f"{source}:{line}:{column}: not YAML: {message}{hint}"

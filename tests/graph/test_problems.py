@@ -87,6 +87,7 @@ CASES = {
     "key that is no name": (("  prefill: {}", "  yes: {}"), r"p.yaml:9:3: found True as a key"),
     "tag": (("path: answers.jsonl", "path: !!python/name:os.system x"), r"p.yaml:14:11: .*plain values only"),
     "not YAML": (("name: good", "name: [good"), r"p.yaml:\d+:\d+: not YAML"),
+    "unquoted wildcard": (("read.error -> dead", "*.error -> dead"), r'p.yaml:20:6: not YAML: .*; a text that begins with \* needs quotes: "\*.error -> dead"'),
     "reference in a flow mapping": (("  prefill: {}", "  prefill: {buffer: ${batch}}"), r'p.yaml:9:\d+: not YAML: .*needs quotes: "\$\{name\}"'),
 }  # fmt: skip
 
