@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SageLLMError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,7 +56,24 @@ def load_modules(modules: Iterable[str]) -> None:
         try:
             import_module(module)
         except Exception as error:
-            raise ConfigError(f"--allow-module {module} cannot be imported: {error!r}") from error
+            raise ConfigError(f"--allow-module {module}: {_explain_import(module, error)}") from error
+
+
+def _explain_import(module: str, error: Exception) -> str:
+    """Why a module cannot be imported: `file:line: what`, unless it is not there."""
+    from os.path import relpath
+    from pathlib import PurePath
+    from traceback import extract_tb
+
+    if "/" in module or module.endswith(".py"):
+        return f"write the module's name, without .py: {PurePath(module).stem}"
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+        return f"no module {error.name!r} in the current directory or installed"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{relpath(error.filename)}:{error.lineno}: {error.msg}"
+    text = str(error) if isinstance(error, SageLLMError) else f"{type(error).__name__}: {error}"
+    lines = [at for at in extract_tb(error.__traceback__) if at.name == "<module>"]
+    return f"{relpath(lines[0].filename)}:{lines[0].lineno}: {text}" if lines else text
 
 
 def find_spec(name: str) -> OperatorSpec | None:

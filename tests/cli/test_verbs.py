@@ -106,10 +106,30 @@ def test_without_permission_no_module_is_imported(folder: Path) -> None:
     assert "own_operators" not in sys.modules
 
 
-def test_a_module_that_cannot_be_imported(folder: Path) -> None:
-    result = CliRunner().invoke(cli, ["validate", "p.yaml", "--allow-module", "not_there"])
+@pytest.mark.parametrize(
+    ("module", "text", "told"),
+    [
+        ("not_there", "", "no module 'not_there' in the current directory or installed"),
+        ("torn.inner", "", "no module 'torn.inner' in the current directory or installed"),
+        ("./torn.py", "", "write the module's name, without .py: torn"),
+        ("torn", "\nimport not_there\n", "torn.py:2: ModuleNotFoundError: No module named 'not_there'"),
+        ("torn", "x = 1\ndef broken(:\n", "torn.py:2: invalid syntax"),
+        ("torn", "def fail():\n    return nowhere\n\nfail()\n", "torn.py:4: NameError: name 'nowhere' is not defined"),
+        (
+            "torn",
+            "from sageLLM.operators import Operator, operator\n\n@operator('tee')\nclass Mine(Operator):\n    pass\n",
+            "torn.py:3: operator 'tee' is already registered by sageLLM.operators.tee: choose another name",
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_imported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, module: str, text: str, told: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "torn", raising=False)
+    (folder / "torn.py").write_text(text)
+    result = CliRunner().invoke(cli, ["validate", "p.yaml", "--allow-module", module])
     assert result.exit_code == 78
-    assert "--allow-module not_there cannot be imported: ModuleNotFoundError" in result.stderr
+    assert result.stderr == f"--allow-module {module}: {told}\n"
 
 
 def test_graph_in_four_formats(folder: Path) -> None:
