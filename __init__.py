@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         SageLLMConfig,
         SchedulerConfig,
         SchedulerMode,
+        SchedulerPolicy,
     )
     from .engine import GenerateOutput, GenerateRequest, SageLLMEngine
     from .errors import SageLLMError
@@ -34,6 +35,7 @@ _HOMES = {
     "SageLLMError": ".errors",
     "SchedulerConfig": ".config",
     "SchedulerMode": ".config",
+    "SchedulerPolicy": ".config",
 }
 _SUBMODULES = ("accel", "backends", "benchmarks", "graph", "kv_runtime", "models", "operators", "runtime")
 
@@ -52,6 +54,7 @@ __all__ = [
     "SageLLMError",
     "SchedulerConfig",
     "SchedulerMode",
+    "SchedulerPolicy",
 ]
 
 

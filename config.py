@@ -36,6 +36,17 @@ class SchedulerMode(StrEnum):
     STRICT = "strict"
 
 
+class SchedulerPolicy(StrEnum):
+    """Whose turn it is to run, and who gives way when KV blocks run out."""
+
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+    FAIR_SHARE = "fair_share"
+    LONGEST_PREFIX = "longest_prefix"
+    DEADLINE = "deadline"
+    SHORTEST_JOB = "shortest_job"
+
+
 class InferenceMode(StrEnum):
     """Which part of inference this engine does."""
 
@@ -67,6 +78,7 @@ def _lower(value: Any) -> Any:
 Granularity = Annotated[KVGranularity, BeforeValidator(_lower)]
 Eviction = Annotated[KVEviction, BeforeValidator(_lower)]
 Mode = Annotated[SchedulerMode, BeforeValidator(_lower)]
+Policy = Annotated[SchedulerPolicy, BeforeValidator(_lower)]
 Inference = Annotated[InferenceMode, BeforeValidator(_lower)]
 Dtype = Annotated[DType, BeforeValidator(_lower)]
 Backend = Annotated[BackendType | None, BeforeValidator(_lower)]
@@ -170,9 +182,16 @@ class SchedulerConfig(Config):
     `launch_ahead` plans and launches a step before the previous one's tokens are read. `queue_timeout_s` is the
     longest wait for a lease, `request_timeout_s` the longest time from arrival to the last token, 0 is no limit; both
     hold for requests that somebody waits for (library calls, sockets): lines of a file wait as long as it takes.
+
+    `policy` orders what waits. `tenant_weights`, for FAIR_SHARE, are the tenants' shares, 1 where none is given.
+    `max_overtakes`, for LONGEST_PREFIX and SHORTEST_JOB, is by how many later ones a sequence may be overtaken at most
+    (None: 64).
     """
 
     mode: Mode = SchedulerMode.HYBRID
+    policy: Policy = SchedulerPolicy.FCFS
+    tenant_weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    max_overtakes: Positive | None = None
     prefill_workers: Positive = 1
     decode_workers: Positive = 1
     max_batch_size: Positive = 64
@@ -191,6 +210,17 @@ class SchedulerConfig(Config):
         if self.mode is not SchedulerMode.TIME_SHARE and (self.prefill_steps or self.decode_steps):
             raise ValueError("prefill_steps and decode_steps are for mode: time_share: write that, or leave them out")
         _refuse(self.prefill_workers > 1 or self.decode_workers > 1, "more than one worker", "use 1 and 1")
+        return self
+
+    @model_validator(mode="after")
+    def _heeded(self) -> SchedulerConfig:
+        policy = self.policy
+        if self.tenant_weights and policy is not SchedulerPolicy.FAIR_SHARE:
+            raise ValueError(f"policy {policy.name} ignores tenant_weights: leave them out, or write policy FAIR_SHARE")
+        bounded = (SchedulerPolicy.LONGEST_PREFIX, SchedulerPolicy.SHORTEST_JOB)
+        if self.max_overtakes is not None and policy not in bounded:
+            instead = "leave it out, or write policy LONGEST_PREFIX or SHORTEST_JOB"
+            raise ValueError(f"policy {policy.name} ignores max_overtakes: {instead}")
         return self
 
 
@@ -258,6 +288,12 @@ class SageLLMConfig(Config):
     def _available(self) -> SageLLMConfig:
         mode = self.inference_mode
         _refuse(mode is not InferenceMode.STANDARD, f"inference_mode {mode.name}", "use STANDARD")
+        caches = self.kv_cache.enable_prefix_caching and self.kv_cache.enable_cross_request_sharing
+        if self.scheduler.policy is SchedulerPolicy.LONGEST_PREFIX and not caches:
+            raise ValueError(
+                "scheduler.policy LONGEST_PREFIX needs prefixes to be cached: leave kv_cache.enable_prefix_caching and "
+                "enable_cross_request_sharing true, or write another policy"
+            )
         return self
 
     @classmethod

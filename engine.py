@@ -60,6 +60,7 @@ class GenerateRequest:
     tenant: str = ""
     cache_salt: str = ""
     priority: int = 0
+    deadline_ms: float | None = None
 
     def to_record(self, stream: bool = False) -> Request:
         """The record that flows, checked as a line of a file is.

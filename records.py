@@ -94,7 +94,8 @@ class Request:
     stream: bool = False  # emit a TokenDelta per step, not only the Completion
     tenant: str = ""
     cache_salt: str = ""
-    priority: int = 0
+    priority: int = 0  # larger is sooner; policy `priority` heeds it
+    deadline_ms: float | None = None  # wanted by then, counted from `arrival`; policy `deadline` heeds it
     src: SourcePosition | None = None
     interactive: bool = False  # somebody waits for it: the scheduler's timeouts apply
     cancelled: bool = False  # set from any thread; the stages notice

@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..records import DeadLetter
 from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
+from ..runtime.scheduler.policies import check_heeded
 from ..runtime.worker.sampling_checks import check_sampling
 
 if TYPE_CHECKING:
@@ -30,13 +31,13 @@ class ScheduleConfig(OperatorConfig):
 
 @operator("schedule")
 class Schedule(Operator[ScheduleConfig]):
-    """Lets a sequence pass when there is a running slot for it and KV blocks for its prompt, first come first served.
+    """Lets a sequence pass when there is a running slot for it and KV blocks for its prompt, in the policy's order.
 
     A prompt whose prefix is being computed right now waits for it rather than compute it twice. Cancelled sequences
     and those past their deadline leave at once, ended, and later stages pass them on. What can never fit is rejected.
 
-    Guarantee: every sequence leaves exactly once, on `out` or `error`; granted in order of arrival, except behind a
-    prefix that is being computed.
+    Guarantee: every sequence leaves exactly once, on `out` or `error`; granted in the policy's order, by default that
+    of arrival, except behind a prefix that is being computed.
     """
 
     config_model = ScheduleConfig
@@ -66,12 +67,12 @@ class Schedule(Operator[ScheduleConfig]):
 
     async def _read(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         vocab_size = self.context.engine.model.vocab_size
+        policy = self.context.engine.config.scheduler.policy
         async for records in inlet:
             refused = []
             for sequence in records:
                 try:
-                    if sequence.request.priority:
-                        raise RequestError("priority is not available yet: leave it out, requests run as they come")
+                    check_heeded(sequence.request, policy)
                     check_sampling(sequence.sampling, vocab_size)
                     self._leases.check_fits(sequence)
                     self._waiting.offer(sequence)

@@ -18,6 +18,7 @@ from .calls import CallDesk
 from .flow.groups import lone_error_unwrapped
 from .memory import check_kv_pool, check_slots
 from .scheduler.lease import LeaseBook
+from .scheduler.policies import make_scheduler_policy
 from .scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class EngineServices:
 
     @cached_property
     def leases(self) -> LeaseBook:
-        return LeaseBook(self.kv, self.config.scheduler.max_batch_size, self.config.kv_cache.block_size)
+        scheduler = self.config.scheduler
+        policy = make_scheduler_policy(scheduler, self.kv)
+        return LeaseBook(self.kv, scheduler.max_batch_size, self.config.kv_cache.block_size, policy)
 
     @cached_property
     def calls(self) -> CallDesk:

@@ -13,7 +13,7 @@ import sageLLM
 NAMES = [
     "BackendConfig", "BenchmarkConfig", "GenerateOutput", "GenerateRequest", "InferenceMode", "KVCacheConfig",
     "KVGranularity", "ModelConfig", "SageLLMConfig", "SageLLMEngine", "SageLLMError", "SchedulerConfig",
-    "SchedulerMode",
+    "SchedulerMode", "SchedulerPolicy",
 ]  # fmt: skip
 SUBMODULES = ["accel", "backends", "benchmarks", "graph", "kv_runtime", "models", "operators", "runtime"]
 

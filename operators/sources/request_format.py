@@ -81,6 +81,7 @@ class RequestFields(SamplingFields, total=False):
     tenant: str | None
     cache_salt: str | None
     priority: int | None
+    deadline_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     stream: bool | None
 
 
@@ -209,6 +210,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         tenant=data.get("tenant") or "",
         cache_salt=data.get("cache_salt") or "",
         priority=data.get("priority") or 0,
+        deadline_ms=data.get("deadline_ms"),
         src=src,
     )
 
@@ -228,13 +230,13 @@ def _one_of(data: dict[str, Any], *names: str) -> Any:
 def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     """Chat templates expect text: join the parts of a content list with newlines."""
     content = message.get("content")
-    if isinstance(content, list):
-        message["content"] = "\n".join(part["text"] for part in content)
     if content is None and not (message["role"] == "assistant" and message.get("tool_calls")):
         raise RequestError(
             f"messages.{index}: a message of {message['role']} has no content: write a text (only an assistant's with "
             "tool_calls may be without)"
         )
+    if isinstance(content, list):
+        message["content"] = "\n".join(part["text"] for part in content)
     return message
 
 

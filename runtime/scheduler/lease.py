@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import Acquired, KVCache, Want
     from ...records import Request, Sequence
+    from .policies import Policy
 
 Namespace = tuple[str, str]
 PrefixKey = tuple[Namespace, bytes]  # and the first block's tokens
@@ -61,11 +62,12 @@ class PrefixHint:
 
 @dataclass(slots=True)
 class LeaseBook:
-    """Grants and takes back leases. All methods may be called from any thread."""
+    """Grants and takes back leases. All methods may be called from any thread, but `grant` from the policy's."""
 
     kv: KVCache
     num_slots: int
     block_size: int
+    policy: Policy
     paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
@@ -110,7 +112,7 @@ class LeaseBook:
         one more block with it than the cache holds by now.
         """
         hint, prompt = sequence.kv, sequence.prompt_tokens
-        if not _may_reuse(sequence) or len(prompt) <= self.block_size:
+        if not may_reuse(sequence) or len(prompt) <= self.block_size:
             return True
         namespace = namespace_of(sequence)
         key = (namespace, prompt[: self.block_size].tobytes())
@@ -154,7 +156,7 @@ class LeaseBook:
         wants = []
         for sequence in sequences:
             length = len(sequence.prompt_tokens)
-            limit = length - 1 if _may_reuse(sequence) else 0
+            limit = length - 1 if may_reuse(sequence) else 0
             forks = sequence.sampling.n - 1 if length % self.block_size else 0
             wants.append(Want(sequence.prompt_tokens, namespace_of(sequence), limit, forks))
         return wants
@@ -173,6 +175,7 @@ class LeaseBook:
             lease.prefix_key = sequence.kv.prefix_key
             if length - hit <= size:
                 self._retract(sequence, lease)
+        self.policy.charge(sequence)
         self._in_transit[id(sequence.request)] = (sequence, lease)
         return lease
 
@@ -220,6 +223,11 @@ class LeaseBook:
                 self.give_back_unused(*held)
         return held is not None
 
+    def end(self, sequence: Sequence, lease: Lease) -> None:
+        """The last row of a sequence has ended; its slots and blocks were given back row by row."""
+        self.prefix_computed(sequence, lease)
+        self.policy.settle(sequence, used=True)
+
     def give_back_slots(self, slots: list[int]) -> None:
         """Rows ended."""
         with self._lock:
@@ -228,6 +236,7 @@ class LeaseBook:
     def give_back_unused(self, sequence: Sequence, lease: Lease) -> None:
         """Return a lease that the worker never used."""
         self.prefix_computed(sequence, lease)
+        self.policy.settle(sequence, used=False)
         self.kv.release(lease.blocks)
         self.kv.release(lease.fork_blocks)
         if lease.copy is not None:
@@ -238,6 +247,6 @@ class LeaseBook:
             self._free.extend(lease.slots)
 
 
-def _may_reuse(sequence: Sequence) -> bool:
-    """Prompt logprobs need every position computed."""
+def may_reuse(sequence: Sequence) -> bool:
+    """Whether cached prefixes serve it: kv_lookup has seen it, and no prompt logprobs need every position computed."""
     return isinstance(sequence.kv, PrefixHint) and sequence.sampling.prompt_logprobs is None

@@ -1,9 +1,8 @@
-"""The waiting queue: sequences that have no lease yet, first come first served."""
+"""The waiting queue: sequences that have no lease yet, and how long they may wait for one."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 from ...records import Choice, FinishReason, Sequence
@@ -20,43 +19,46 @@ def end_unstarted(sequence: Sequence, reason: FinishReason) -> None:
 
 
 class WaitingQueue:
-    """Sequences in arrival order. A sequence whose prefix a running prompt computes is passed over, not moved."""
+    """Sequences that wait for a lease, in the policy's order.
+
+    A sequence whose prefix a running prompt computes is passed over and keeps its place.
+    """
 
     def __init__(self, leases: LeaseBook, queue_timeout_s: float, request_timeout_s: float) -> None:
         self._leases = leases
         self._queue_timeout_s = queue_timeout_s
         self._request_timeout_s = request_timeout_s
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = leases.policy
         self._interactive = 0  # only these may meet a deadline
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def offer(self, sequence: Sequence) -> None:
-        """Queue a sequence at the end."""
+        """Queue a sequence."""
         sequence.timings.queued = time.monotonic()
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
         self._interactive += sequence.request.interactive
 
     def clear(self) -> None:
         """Forget everybody: whoever queued them answers for them."""
-        self._waiting.clear()
+        self._waiting.remove([*self._waiting])
         self._interactive = 0
 
     def take_granted(self) -> list[Sequence]:
-        """Grant leases from the front until one does not fit; the granted carry their lease in `kv`."""
+        """Grant leases in the policy's order until one does not fit; the granted carry their lease in `kv`."""
         leases = self._leases
         slots, blocks = leases.free_slots, leases.kv.available()
+        if not slots or blocks <= 0:
+            return []
         candidates: list[Sequence] = []
-        looked_at: list[Sequence] = []
-        while self._waiting and blocks > 0 and (slots := slots - self._waiting[0].sampling.n) >= 0:
-            sequence = self._waiting.popleft()
-            looked_at.append(sequence)
+        for sequence in self._waiting.in_order():
+            if blocks <= 0 or sequence.sampling.n > slots:
+                break
             if leases.announce(sequence):
                 candidates.append(sequence)
+                slots -= sequence.sampling.n
                 blocks -= leases.estimate_blocks(sequence)
-            else:
-                slots += sequence.sampling.n
         granted = []
         now = time.monotonic()
         for sequence, lease in zip(candidates, leases.grant(candidates), strict=False):
@@ -65,8 +67,7 @@ class WaitingQueue:
             sequence.timings.scheduled = now
             granted.append(sequence)
             self._interactive -= sequence.request.interactive
-        if len(granted) < len(looked_at):
-            self._waiting.extendleft(s for s in reversed(looked_at) if s.timings.scheduled is None)
+        self._waiting.remove(granted)
         return granted
 
     def deadline(self, sequence: Sequence) -> float:
@@ -97,6 +98,5 @@ class WaitingQueue:
             ended += overdue
         if ended:
             self._interactive -= sum(sequence.request.interactive for sequence in ended)
-            gone = set(map(id, ended))
-            self._waiting = deque(s for s in self._waiting if id(s) not in gone)
+            self._waiting.remove(ended)
         return ended

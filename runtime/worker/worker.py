@@ -343,7 +343,7 @@ class Worker:
     def _finish(self, owner: ResidentSequence) -> None:
         sequence = owner.sequence
         del self._resident[id(sequence.request)]
-        self._leases.prefix_computed(sequence, owner.lease)
+        self._leases.end(sequence, owner.lease)
         sequence.timings.finished = time.monotonic()
         sequence.kv = None
         if owner.decoding:

@@ -189,10 +189,12 @@ def test_the_other_fields():
     request = parse(
         messages=[{"role": "user", "content": "hi", "name": "bo"}],
         id=17, stop="END", tenant="acme", cache_salt="s", priority=-2, stream=True, max_tokens=3, seed=None,
+        deadline_ms=1500,
     )  # fmt: skip
     assert request.messages == [{"role": "user", "content": "hi", "name": "bo"}]
     assert (request.request_id, request.sampling.stop, request.sampling.max_new_tokens) == ("17", ("END",), 3)
     assert (request.tenant, request.cache_salt, request.priority, request.stream) == ("acme", "s", -2, True)
+    assert request.deadline_ms == 1500
 
 
 def test_text_parts_of_a_message_are_joined():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sageLLM.config import SchedulerPolicy
 from sageLLM.operators.schedule import Schedule
 from sageLLM.records import FinishReason
 from sageLLM.runtime.scheduler.lease import Lease, PrefixHint
@@ -191,17 +192,43 @@ def test_it_ends_when_its_inputs_have_ended_and_nobody_waits(on_loop, null_engin
     engine.check_nothing_leaks()
 
 
-def test_a_priority_is_refused_as_long_as_nothing_heeds_it(on_loop, null_engine):
-    engine = null_engine()
-    urgent, plain = engine.sequence([1]), engine.sequence([2])
-    urgent.request.priority = 3
+@pytest.mark.parametrize(
+    ("field", "value", "policy"), [("priority", 3, "priority"), ("deadline_ms", 20.0, "deadline")]
+)
+def test_what_the_policy_would_ignore_is_refused_and_what_it_heeds_is_not(on_loop, null_engine, field, value, policy):
+    async def main():
+        for chosen in SchedulerPolicy:
+            engine = null_engine(scheduler={"policy": chosen})
+            special, plain = engine.sequence([1]), engine.sequence([2])
+            setattr(special.request, field, value)
+            async with engine.stage(Schedule) as schedule:
+                passed = await schedule.put(special, plain)
+                if chosen == policy:
+                    assert passed == [special, plain]
+                else:
+                    assert passed == [plain]
+                    assert schedule.errors == [
+                        f"found {field} {value}: leave it out, or set scheduler.policy: {policy}"
+                    ]
+                engine.services.release([special.request, plain.request])
+            engine.check_nothing_leaks()
+
+    on_loop(main)
+
+
+def test_the_policy_decides_who_is_next(on_loop, null_engine):
+    engine = null_engine(scheduler={"max_batch_size": 1, "policy": "PRIORITY"})
+    running, low, high = engine.sequence([1]), engine.sequence([2]), engine.sequence([3])
+    high.request.priority = 1
 
     async def main():
         async with engine.stage(Schedule) as schedule:
-            assert await schedule.put(urgent, plain) == [plain]
-            (letter,) = schedule.outlet.letters
-            assert "priority is not available yet" in letter.error
-            engine.services.release([plain.request])
+            assert await schedule.put(running) == [running]
+            await schedule.put(low, high)
+            for sequence in (running, high, low):
+                engine.services.release([sequence.request])
+                await schedule.settled()
+            assert schedule.sent == [running, high, low]
 
     on_loop(main)
     engine.check_nothing_leaks()

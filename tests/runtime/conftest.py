@@ -9,6 +9,7 @@ from sageLLM.config import SchedulerConfig
 from sageLLM.kv_runtime.cache import KVCache
 from sageLLM.records import Request, SamplingParams, Sequence
 from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint, namespace_of
+from sageLLM.runtime.scheduler.policies import make_scheduler_policy
 from sageLLM.runtime.scheduler.waiting import WaitingQueue
 from sageLLM.runtime.worker.executor import NullExecutor
 from sageLLM.runtime.worker.worker import Worker
@@ -20,7 +21,7 @@ class Bench:
     def __init__(self, blocks=64, block_size=4, commit=True, executor=None, stop_matcher=None, **scheduler):
         config = SchedulerConfig(**{"max_batch_size": 8, **scheduler})
         self.kv = KVCache(blocks, block_size)
-        self.leases = LeaseBook(self.kv, config.max_batch_size, block_size)
+        self.leases = LeaseBook(self.kv, config.max_batch_size, block_size, make_scheduler_policy(config, self.kv))
         self.waiting = WaitingQueue(self.leases, config.queue_timeout_s, config.request_timeout_s)
         executor = executor or NullExecutor(config.max_batch_size)
         self.worker = Worker(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sageLLM.backends import detect_backend
 from sageLLM.backends.cpu import AVX512Backend
-from sageLLM.config import BackendConfig, ModelConfig
+from sageLLM.config import BackendConfig, ModelConfig, SchedulerPolicy
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
 from sageLLM.runtime.worker.torch_executor import TorchExecutor
@@ -110,11 +110,15 @@ def check_any_mix(bench, loaded, oracle, data) -> None:
         max_decode_batch=data.draw(st.integers(1, 8), label="decode batch"),
         max_step_tokens=data.draw(st.sampled_from([3, 8, 64]), label="step tokens"),
         launch_ahead=data.draw(st.booleans(), label="launch ahead"),
+        policy=data.draw(st.sampled_from(SchedulerPolicy), label="policy"),
         **data.draw(st.sampled_from(MODES), label="mode"),
     )
     picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
     n = data.draw(st.sampled_from([1, 1, 2]), label="n")
     sequences = [b.sequence(prompt, max_new_tokens=count, n=n) for prompt, count in picks]
+    for index, sequence in enumerate(sequences):
+        sequence.request.priority = index % 3
+        sequence.request.deadline_ms = 1000.0 - 7 * index if index % 2 else None
     b.offer(*sequences)
     b.run()
     executor.close()

@@ -1,0 +1,303 @@
+"""Policies: whose turn it is to get a lease, and who gives way when KV blocks run out. No torch."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+from itertools import chain, takewhile
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
+
+from ...config import SchedulerPolicy
+from ...errors import RequestError
+from .lease import may_reuse, namespace_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ...config import SchedulerConfig
+    from ...kv_runtime.cache import KVCache
+    from ...records import Request, Sequence
+
+_DEFAULT_MAX_OVERTAKES = 64
+_OUTPUT_PRICE = 2  # what an output token counts in prompt tokens, as in VTC
+
+
+class Policy(Protocol):
+    """Keeps the sequences that wait. `rank` and `settle` may be called from any thread, the rest from the flow's."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All that wait, in no order that matters."""
+        ...
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; it arrives later than all before it."""
+        ...
+
+    def in_order(self) -> Iterator[Sequence]:
+        """Those that may get a lease now, the next one first. Nobody may be added or removed meanwhile."""
+        ...
+
+    def remove(self, sequences: list[Sequence]) -> None:
+        """These wait no longer."""
+        ...
+
+    def rank(self, sequence: Sequence) -> float:
+        """Of sequences that run the one with the largest rank gives way first; of equals, the one admitted last."""
+        ...
+
+    def charge(self, sequence: Sequence) -> None:
+        """The sequence was granted a lease."""
+        ...
+
+    def settle(self, sequence: Sequence, used: bool) -> None:
+        """The lease has been given back; with `used` False nothing was computed for it."""
+        ...
+
+
+def make_scheduler_policy(config: SchedulerConfig, kv: KVCache) -> Policy:
+    """Build the policy that the configuration asks for."""
+    max_overtakes = config.max_overtakes or _DEFAULT_MAX_OVERTAKES
+    match config.policy:
+        case SchedulerPolicy.FCFS:
+            return FirstComeFirstServed()
+        case SchedulerPolicy.PRIORITY:
+            return HighestPriority()
+        case SchedulerPolicy.DEADLINE:
+            return EarliestDeadline()
+        case SchedulerPolicy.SHORTEST_JOB:
+            return ShortestJob(max_overtakes)
+        case SchedulerPolicy.LONGEST_PREFIX:
+            return LongestPrefix(max_overtakes, kv)
+        case SchedulerPolicy.FAIR_SHARE:
+            return FairShare(config.tenant_weights)
+
+
+def check_heeded(request: Request, policy: SchedulerPolicy) -> None:
+    """Refuse a request that asks for what its pipeline's policy would ignore.
+
+    Raises:
+        RequestError: `priority` or `deadline_ms` is set and the policy is not the one that heeds it.
+    """
+    if request.priority and policy is not SchedulerPolicy.PRIORITY:
+        raise RequestError(f"found priority {request.priority}: leave it out, or set scheduler.policy: priority")
+    if request.deadline_ms is not None and policy is not SchedulerPolicy.DEADLINE:
+        raise RequestError(f"found deadline_ms {request.deadline_ms}: leave it out, or set scheduler.policy: deadline")
+
+
+class FirstComeFirstServed:
+    """In order of arrival."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Sequence] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+
+    def in_order(self) -> Iterator[Sequence]:
+        return iter(self._waiting)
+
+    def remove(self, sequences: list[Sequence]) -> None:
+        waiting = self._waiting
+        for count, sequence in enumerate(sequences):
+            if waiting[0] is not sequence:
+                gone = set(map(id, sequences[count:]))
+                self._waiting = deque(other for other in waiting if id(other) not in gone)
+                return
+            waiting.popleft()
+
+    def rank(self, sequence: Sequence) -> float:
+        return 0.0
+
+    def charge(self, sequence: Sequence) -> None:
+        pass
+
+    def settle(self, sequence: Sequence, used: bool) -> None:
+        pass
+
+
+class HighestPriority(FirstComeFirstServed):
+    """The largest `priority` first, for as long as there is one: lower ones may starve. Equals in order of arrival."""
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=self.rank)
+
+    def rank(self, sequence: Sequence) -> float:
+        return -sequence.request.priority
+
+
+class EarliestDeadline(HighestPriority):
+    """The earliest deadline first, arrival plus `deadline_ms`; those without one come last, in order of arrival.
+
+    A deadline that has passed ends nothing: that is what the scheduler's timeouts are for.
+    """
+
+    def rank(self, sequence: Sequence) -> float:
+        request = sequence.request
+        return float("inf") if request.deadline_ms is None else request.arrival + request.deadline_ms / 1000
+
+
+class ShortestJob(FirstComeFirstServed):
+    """The smallest `max_new_tokens` first, of equals the one that came first.
+
+    None is overtaken by more than `max_overtakes` that arrived later: only so many arrivals are looked at, from the
+    oldest that waits on, whether they still wait or not. Rows are preempted newest first, which keeps that promise.
+    """
+
+    def __init__(self, max_overtakes: int) -> None:
+        super().__init__()
+        self._max_overtakes = max_overtakes
+        self._arrivals = 0
+        self._numbers: dict[int, int] = {}  # of arrival, by id of the sequence
+
+    def add(self, sequence: Sequence) -> None:
+        super().add(sequence)
+        self._numbers[id(sequence)] = self._arrivals
+        self._arrivals += 1
+
+    def remove(self, sequences: list[Sequence]) -> None:
+        super().remove(sequences)
+        for sequence in sequences:
+            del self._numbers[id(sequence)]
+
+    def in_order(self) -> Iterator[Sequence]:
+        if not self._waiting:
+            return iter(())
+        last = self._numbers[id(self._waiting[0])] + self._max_overtakes
+        return iter(self._sorted([*takewhile(lambda s: self._numbers[id(s)] <= last, self._waiting)]))
+
+    def _sorted(self, sequences: list[Sequence]) -> list[Sequence]:
+        return sorted(sequences, key=lambda sequence: sequence.sampling.max_new_tokens)
+
+
+class LongestPrefix(ShortestJob):
+    """The longest cached prefix first, so that it is used before it is evicted; `max_overtakes` as in ShortestJob.
+
+    Without the bound this is SGLang's policy (Zheng et al., "SGLang: Efficient Execution of Structured Language Model
+    Programs", 2024). What is cached is asked anew whenever somebody may get a lease.
+    """
+
+    def __init__(self, max_overtakes: int, kv: KVCache) -> None:
+        super().__init__(max_overtakes)
+        self._kv = kv
+
+    def _sorted(self, sequences: list[Sequence]) -> list[Sequence]:
+        reusing = [sequence for sequence in sequences if may_reuse(sequence)]
+        prompts = [(sequence.prompt_tokens, namespace_of(sequence)) for sequence in reusing]
+        counts = self._kv.count_cached(prompts, touch=False)
+        cached = {id(sequence): count for sequence, count in zip(reusing, counts, strict=True)}
+        return sorted(sequences, key=lambda sequence: -cached.get(id(sequence), 0))
+
+
+@dataclass(slots=True)
+class _Account:
+    """What a tenant has had, in prompt tokens; an output token counts as `_OUTPUT_PRICE` of them."""
+
+    served: float  # divided by the tenant's weight
+    promised: int = 0  # for the leases that are out: the prompt and all the output that there may be
+
+
+class FairShare:
+    """The tenant that has the least, by tokens served and promised and divided by its weight, is next.
+
+    Tenants without a weight have 1. A lease promises its prompt and `max_new_tokens`; when it comes back, what was
+    computed has been served. A tenant that comes back after a while starts at the level where the others are: idling
+    earns no credit. When KV blocks run out the tenant that has most gives way.
+
+    These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
+    Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self._weights = weights
+        self._queues: dict[str, FirstComeFirstServed] = {}  # of the tenants that wait
+        self._accounts: dict[str, _Account] = {}
+        self._level = 0.0  # what the tenant of the latest grant had been served
+        self._lock = Lock()  # around the accounts and the level
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return chain.from_iterable(self._queues.values())
+
+    def add(self, sequence: Sequence) -> None:
+        tenant = sequence.request.tenant
+        if tenant not in self._queues:
+            self._queues[tenant] = FirstComeFirstServed()
+            with self._lock:
+                account = self._accounts.setdefault(tenant, _Account(self._level))
+                account.served = max(account.served, self._level)
+        self._queues[tenant].add(sequence)
+
+    def in_order(self) -> Iterator[Sequence]:
+        turns = {tenant: iter(queue) for tenant, queue in self._queues.items()}
+        had = {tenant: self._had(tenant) for tenant in turns}
+        while turns:
+            tenant = min(turns, key=had.__getitem__)
+            sequence = next(turns[tenant], None)
+            if sequence is None:
+                del turns[tenant]
+            else:
+                yield sequence
+                had[tenant] += _promise(sequence) / self._weight(tenant)
+
+    def remove(self, sequences: list[Sequence]) -> None:
+        by_tenant: dict[str, list[Sequence]] = {}
+        for sequence in sequences:
+            by_tenant.setdefault(sequence.request.tenant, []).append(sequence)
+        for tenant, gone in by_tenant.items():
+            self._queues[tenant].remove(gone)
+            if not len(self._queues[tenant]):
+                del self._queues[tenant]
+                with self._lock:
+                    self._close_if_even(tenant)
+
+    def rank(self, sequence: Sequence) -> float:
+        return self._had(sequence.request.tenant)
+
+    def charge(self, sequence: Sequence) -> None:
+        with self._lock:
+            account = self._accounts[sequence.request.tenant]
+            self._level = max(self._level, account.served)
+            account.promised += _promise(sequence)
+
+    def settle(self, sequence: Sequence, used: bool) -> None:
+        tenant = sequence.request.tenant
+        with self._lock:
+            account = self._accounts[tenant]
+            account.promised -= _promise(sequence)
+            if used:
+                prompt = len(sequence.prompt_tokens) - sequence.prefix_hit_tokens
+                output = sum(len(choice.output_tokens) for choice in sequence.choices)
+                account.served += (prompt + _OUTPUT_PRICE * output) / self._weight(tenant)
+            if not self._queues:  # what anybody was served now is at nobody's expense
+                self._level = max(self._level, account.served)
+            self._close_if_even(tenant)
+
+    def _close_if_even(self, tenant: str) -> None:
+        """Forget a tenant that would start where it stands."""
+        account = self._accounts[tenant]
+        if tenant not in self._queues and not account.promised and account.served <= self._level:
+            del self._accounts[tenant]
+
+    def _had(self, tenant: str) -> float:
+        account = self._accounts[tenant]
+        return account.served + account.promised / self._weight(tenant)
+
+    def _weight(self, tenant: str) -> float:
+        return self._weights.get(tenant, 1.0)
+
+
+def _promise(sequence: Sequence) -> int:
+    sampling = sequence.sampling
+    return len(sequence.prompt_tokens) + _OUTPUT_PRICE * sampling.max_new_tokens * sampling.n

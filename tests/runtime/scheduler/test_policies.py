@@ -1,0 +1,261 @@
+"""Policies: who gets the next lease; nobody is lost, and nobody waits for ever who was promised not to."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sageLLM.config import SchedulerPolicy
+
+POLICIES = [policy.value for policy in SchedulerPolicy]
+
+
+def order_of_leases(b) -> list:
+    """Who gets the only slot, one after the other."""
+    granted = []
+    while sequences := b.waiting.take_granted():
+        granted += sequences
+        for sequence in sequences:
+            b.leases.reclaim(sequence.request)
+    return granted
+
+
+def asked(b, prompt=(1, 2, 3), max_new_tokens=4, tenant="", **request):
+    sequence = b.sequence(prompt, max_new_tokens, tenant=tenant)
+    for name, value in request.items():
+        setattr(sequence.request, name, value)
+    return sequence
+
+
+def test_fcfs_is_the_order_of_arrival(bench):
+    b = bench(max_batch_size=1)
+    sequences = [asked(b, [n], max_new_tokens=9 - n, tenant=str(n % 2)) for n in range(6)]
+    b.offer(*sequences)
+    assert order_of_leases(b) == sequences
+
+
+def test_priority_is_largest_first_and_equals_as_they_came(bench):
+    b = bench(policy="priority", max_batch_size=1)
+    low, first, second, high = (asked(b, [n], priority=p) for n, p in enumerate((-1, 0, 0, 7)))
+    b.offer(low, first, second, high)
+    assert order_of_leases(b) == [high, first, second, low]
+
+
+def test_deadline_is_earliest_first_counted_from_arrival_and_those_without_last(bench):
+    b = bench(policy="deadline", max_batch_size=1)
+    whenever = asked(b, [1], arrival=100.0)
+    late = asked(b, [2], arrival=100.0, deadline_ms=5000.0)
+    soon = asked(b, [3], arrival=104.0, deadline_ms=500.0)
+    b.offer(whenever, late, soon)
+    assert order_of_leases(b) == [soon, late, whenever]
+
+
+def test_shortest_job_is_fewest_max_new_tokens_first(bench):
+    b = bench(policy="shortest_job", max_batch_size=1)
+    long, short, shortest, short_too = (asked(b, [n], max_new_tokens=t) for n, t in enumerate((50, 5, 1, 5)))
+    b.offer(long, short, shortest, short_too)
+    assert order_of_leases(b) == [shortest, short, short_too, long]
+
+
+def test_longest_prefix_asks_what_is_cached_by_now(bench):
+    b = bench(policy="longest_prefix", max_batch_size=1, max_step_tokens=64)
+    first, other, longer, shorter = (
+        asked(b, prompt) for prompt in (range(12), range(50, 62), [*range(12), 90], [*range(8), 91, 92])
+    )
+    b.offer(first, other, shorter, longer)  # nothing is cached yet: as they came
+    assert b.run() == [first, longer, shorter, other]
+
+
+def test_longest_prefix_without_kv_lookup_is_the_order_of_arrival(bench):
+    b = bench(policy="longest_prefix", max_batch_size=1)
+    b.offer(asked(b, range(12)))
+    b.run()
+    other, cached = asked(b, [50]), asked(b, range(12))
+    other.kv = cached.kv = None
+    b.offer(other, cached)
+    assert order_of_leases(b) == [other, cached]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), policy=st.sampled_from(["shortest_job", "longest_prefix"]), limit=st.integers(1, 5))
+def test_nobody_is_overtaken_by_more_than_max_overtakes(bench, data, policy, limit):
+    b = bench(policy=policy, max_overtakes=limit, max_batch_size=1)
+    b.offer(asked(b, range(12)))
+    b.run()  # something is cached
+    waiting, overtaken = [], {}
+    for arriving in data.draw(st.lists(st.integers(0, 4), max_size=25)) + [0] * 100:
+        for _ in range(arriving):
+            shared, length = data.draw(st.integers(0, 12)), data.draw(st.integers(1, 50))
+            sequence = asked(b, [*range(shared), 77], max_new_tokens=length)
+            b.offer(sequence)
+            waiting.append(sequence)
+            overtaken[id(sequence)] = 0
+        for sequence in b.waiting.take_granted():
+            b.leases.reclaim(sequence.request)
+            at = waiting.index(sequence)
+            del waiting[at]
+            for older in waiting[:at]:
+                overtaken[id(older)] += 1
+    assert not waiting
+    assert max(overtaken.values(), default=0) <= limit
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(policy=st.sampled_from(POLICIES), seed=st.integers(0, 2**32))
+def test_every_sequence_leaves_exactly_once_under_every_policy(bench, policy, seed):
+    chosen = random.Random(seed)
+    b = bench(
+        policy=policy,
+        blocks=chosen.randint(9, 16),
+        block_size=4,
+        max_batch_size=chosen.randint(3, 8),
+        max_step_tokens=chosen.randint(1, 16),
+        max_prefill_batch=chosen.randint(1, 4),
+        launch_ahead=chosen.random() < 0.7,
+    )
+    sequences = []
+    for _ in range(chosen.randint(1, 20)):
+        prompt = [*range(chosen.randint(0, 8)), *(chosen.randint(1, 5) for _ in range(chosen.randint(1, 8)))]
+        sequence = b.sequence(prompt, chosen.randint(1, 12), n=chosen.choice([1, 1, 3]), tenant=chosen.choice("abc"))
+        sequence.request.priority = chosen.randint(-2, 2)
+        sequence.request.deadline_ms = chosen.choice([None, chosen.uniform(1, 100)])
+        sequence.request.cancelled = chosen.random() < 0.1
+        sequences.append(sequence)
+        if chosen.random() < 0.7:
+            b.offer(sequence)
+            b.worker.step()
+        else:
+            b.offer(sequence)
+        for granted in b.waiting.take_granted():
+            if chosen.random() < 0.1:
+                b.leases.reclaim(granted.request)  # a record that was dropped on its way
+                sequences.remove(granted)
+            else:
+                b.worker.submit_prefill([granted])
+    b.run(limit=3000)
+    assert len(b.finished) == len(sequences)
+    assert set(map(id, b.finished)) == set(map(id, sequences))
+    b.check_nothing_leaks()
+    assert not len(b.waiting)
+    if policy == "fair_share":
+        assert not any(account.promised for account in b.leases.policy._accounts.values())
+
+
+def waits_of_the_quiet_tenant(bench, policy, noise, every) -> list[int]:
+    """Steps to the first token of 20 requests, one each `every` steps, beside a tenant that sends `noise` times more.
+
+    Four slots, and a request has one for nine steps: from 4.5 steps on there is room for two tenants.
+    """
+    b = bench(policy=policy, max_batch_size=4, commit=False, queue_timeout_s=0, request_timeout_s=0)
+    step, arrived, waits = 0, {}, []
+    give_back = b.worker.on_prefilled
+
+    def note(sequences):
+        waits.extend(step - arrived[id(s)] for s in sequences if s.request.tenant == "quiet")
+        give_back(sequences)
+
+    b.worker.on_prefilled = note
+    quiet = [asked(b, [2] * 8, 8, "quiet") for _ in range(20)]
+    while len(waits) < len(quiet):
+        if step % every == 0 and step // every < len(quiet):
+            arriving = [*(asked(b, [n % 250] * 8, 8, "noisy") for n in range(noise)), quiet[step // every]]
+            for sequence in arriving:
+                sequence.kv = None  # no prefix is shared or waited for
+                arrived[id(sequence)] = step
+            b.offer(*arriving)
+        granted = b.waiting.take_granted()
+        if granted:
+            b.worker.submit_prefill(granted)
+        b.worker.step()
+        step += 1
+    return sorted(waits)
+
+
+@pytest.mark.parametrize("every", [4, 10])
+def test_a_tenant_that_sends_100_times_more_does_not_double_anothers_wait(bench, every):
+    beside_an_equal, beside_a_flood = (waits_of_the_quiet_tenant(bench, "fair_share", n, every) for n in (1, 100))
+    assert beside_a_flood[-1] <= 2 * beside_an_equal[-1]
+    assert sum(beside_a_flood) <= 2 * sum(beside_an_equal)
+    assert waits_of_the_quiet_tenant(bench, "fcfs", 100, every)[-1] > 10 * beside_an_equal[-1]
+
+
+def served_tokens(b, tenants, steps) -> dict[str, int]:
+    for _ in range(steps):
+        granted = b.waiting.take_granted()
+        if granted:
+            b.worker.submit_prefill(granted)
+        b.worker.step()
+    return {
+        tenant: sum(len(c.output_tokens) for s in b.finished if s.request.tenant == tenant for c in s.choices)
+        for tenant in tenants
+    }
+
+
+def test_tenants_are_served_by_weight(bench):
+    b = bench(policy="fair_share", tenant_weights={"gold": 3.0}, max_batch_size=4, queue_timeout_s=0, commit=False)
+    for n in range(400):
+        b.offer(asked(b, [n % 250] * 4, 8, "gold"), asked(b, [n % 250] * 4, 8, "plain"))
+    served = served_tokens(b, ("gold", "plain"), 400)
+    assert served["gold"] / served["plain"] == pytest.approx(3.0, rel=0.1)
+
+
+def test_tokens_count_and_not_requests(bench):
+    b = bench(policy="fair_share", max_batch_size=4, queue_timeout_s=0, commit=False)
+    for n in range(400):
+        b.offer(asked(b, [n % 250] * 4, 40, "long"), asked(b, [n % 250] * 4, 4, "short"))
+    served = served_tokens(b, ("long", "short"), 800)
+    ratio = (served["long"] + served["long"] / 20) / (served["short"] + served["short"] / 2)  # with prompts, at half
+    assert ratio == pytest.approx(1.0, rel=0.15)
+
+
+def test_who_sets_max_new_tokens_too_high_is_charged_what_came(bench):
+    b = bench(policy="fair_share", max_batch_size=1)
+    eos = b.sequence([5] * 4, 200, tenant="a", eos=(97 + 5,))  # the null model says it second
+    first, second, again = asked(b, [1] * 4, tenant="b"), asked(b, [2] * 4, tenant="b"), asked(b, [3], tenant="a")
+    b.offer(eos, first, second, again)
+    assert b.run() == [eos, first, again, second]
+
+
+def test_idling_earns_no_credit(bench):
+    b = bench(policy="fair_share", max_batch_size=1)
+    b.offer(*(asked(b, [n] * 4, tenant="busy") for n in range(20)))
+    for _ in range(10):  # it alone is served for a while
+        (sequence,) = b.waiting.take_granted()
+        b.worker.submit_prefill([sequence])
+        while b.worker.step():
+            pass
+    b.offer(*(asked(b, [50 + n] * 4, tenant="back") for n in range(10)))
+    tenants = []
+    for _ in range(10):
+        (sequence,) = b.waiting.take_granted()
+        tenants.append(sequence.request.tenant)
+        b.worker.submit_prefill([sequence])
+        while b.worker.step():
+            pass
+    assert tenants.count("back") in (5, 6)
+
+
+def test_tenants_that_are_gone_are_forgotten(bench):
+    b = bench(policy="fair_share", max_batch_size=4)
+    for n in range(300):
+        b.offer(asked(b, [n % 250] * 4, tenant=f"visitor {n}"))
+        b.run()
+    assert len(b.leases.policy._accounts) <= 1
+
+
+def test_a_sequence_that_is_cancelled_or_behind_a_prefix_keeps_nobody(bench):
+    for policy in POLICIES:
+        b = bench(policy=policy, max_batch_size=8)
+        shared = list(range(16))
+        first, behind, gone, other = (asked(b, p) for p in ([*shared, 90], [*shared, 91], [7], [50]))
+        b.offer(first)
+        assert b.waiting.take_granted() == [first]
+        b.offer(behind, gone, other)
+        gone.request.cancelled = True
+        assert b.waiting.take_ended() == [gone]
+        assert b.waiting.take_granted() == [other], policy
+        b.leases.prefix_computed(first, first.kv)
+        assert b.waiting.take_granted() == [behind], policy
