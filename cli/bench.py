@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 
@@ -62,3 +64,43 @@ def kernels(threads: int, backend: str | None, operations: tuple[str, ...], seco
         raise click.BadParameter(f"no operation {unknown[0]!r}; there is: {known}", param_hint="--operation")
     config = BackendConfig(backend_type=None if backend is None else BackendType(backend), threads=threads)
     click.echo(measure_kernels(config, operations or OPERATIONS, seconds))
+
+
+@command.command("kv-trace")
+@click.option(
+    "--trace",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON lines, each a request with its hash_ids, as published by Mooncake.",
+)
+@click.option(
+    "--blocks",
+    "sizes",
+    multiple=True,
+    default=(5_000, 10_000, 20_000, 0),
+    show_default=True,
+    type=click.IntRange(0),
+    help="Blocks in the pool, 0 for as many as the trace fills; repeatable.",
+)
+@click.option(
+    "--eviction",
+    "policies",
+    multiple=True,
+    default=("lru", "lfu", "cost"),
+    show_default=True,
+    type=click.Choice(["lru", "lfu", "cost"], case_sensitive=False),
+    help="The policy; repeatable.",
+)
+def kv_trace(trace: Path, sizes: tuple[int, ...], policies: tuple[str, ...]) -> None:
+    """Hit rates of the prefix cache on a trace of requests: blocks found, of those looked up."""
+    from ..benchmarks.kv_trace import read_trace, replay
+    from ..benchmarks.measurement import format_table
+    from ..config import KVEviction
+
+    requests, rows = read_trace(trace), []
+    for size in sizes:
+        for policy in policies:
+            result = replay(requests, size or None, KVEviction(policy))
+            row = [f"{size or 'unlimited'}", policy, f"{result.hit_rate:.2%}", f"{result.lookups_per_second:.0f}"]
+            rows.append(row)
+    click.echo(format_table(["blocks", "policy", "hit rate", "lookups/s"], rows))

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from sageLLM.benchmarks import compare as comparing
 from sageLLM.benchmarks.measurement import Measurement
 from sageLLM.cli.main import cli
+from sageLLM.config import KVEviction
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,19 @@ def test_kernels_prints_the_chosen_operations_and_the_rates_behind_their_floors(
     assert rates.startswith("read ") and "1 threads" in rates
 
 
+def test_kv_trace_prints_a_row_for_each_size_and_policy(tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"hash_ids": [0, 1]}\n{"hash_ids": [0, 2]}\n')
+    result = bench("kv-trace", "--trace", str(trace), "--blocks", "2", "--blocks", "0")
+    assert result.exit_code == 0, result.output
+    header, _, *rows = map(str.split, result.stdout.splitlines())
+    assert header == ["blocks", "policy", "hit", "rate", "lookups/s"]
+    policies = [policy.value for policy in KVEviction]
+    assert [row[:3] for row in rows] == [[size, p, "25.00%"] for size in ("2", "unlimited") for p in policies]
+    result = bench("kv-trace", "--trace", str(trace), "--eviction", "COST")
+    assert [line.split()[1] for line in result.stdout.splitlines()[2:]] == ["cost"] * 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -86,6 +100,10 @@ def test_kernels_prints_the_chosen_operations_and_the_rates_behind_their_floors(
         (["compare", "--workload", "cpu-tripple"], 2, "cpu-single, cpu-batch, cpu-prefix, overhead"),
         (["compare", "--peer", "nobody"], 78, "no peer 'nobody'; there is: transformers"),
         (["overhead", "--requests", "0"], 2, "--requests"),
+        (["kv-trace"], 2, "Missing option '--trace'"),
+        (["kv-trace", "--trace", "nowhere.jsonl"], 2, "'nowhere.jsonl' does not exist"),
+        (["kv-trace", "--trace", __file__, "--eviction", "fifo"], 2, "'lru', 'lfu', 'cost'"),
+        (["kv-trace", "--trace", __file__], 78, "test_bench.py:1: found"),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(arguments, code, said):
