@@ -31,7 +31,7 @@ def assemble(pipeline: Pipeline, services: EngineServices) -> Flow:
             node.name, services, ledger, pipeline.base_dir, lambda reason: drains[0](reason), resume
         )
         factories[node.name] = partial(_make, node, context)
-    flow = Flow(factories, pipeline.edges, ledger, pipeline.max_error_ratio, services.cancel)
+    flow = Flow(factories, pipeline.edges, ledger, pipeline.max_error_ratio, services.cancel, services.let_go)
     drains.append(flow.drain)
     return flow
 

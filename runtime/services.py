@@ -189,6 +189,16 @@ class EngineServices:
                 self.worker.cancel(requests)
             self.worker.on_leases_returned()
 
+    def let_go(self, requests: list[Request]) -> None:
+        """End the lines of a file that have no lease yet: the next run computes them, and nobody waits for them now."""
+        if "worker" not in self.__dict__:
+            return
+        for request in requests:
+            from_file = request.src is not None and request.src.fingerprint
+            if from_file and not self.leases.carries(request) and not self.worker.has(request):
+                request.cancelled = True
+        self.worker.on_leases_returned()
+
     def release(self, requests: list[Request]) -> None:
         """Take back the leases of requests that ended outside the worker."""
         if "leases" not in self.__dict__:

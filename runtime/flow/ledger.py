@@ -216,6 +216,11 @@ class Ledger:
         """Whether the request is in flight."""
         return self._open.get(id(request)) is request or id(request) in self._branches
 
+    def open_requests(self) -> list[Request]:
+        """Everything in flight; of a copied request each Request object."""
+        whole = [entry for entry in self._open.values() if isinstance(entry, Request)]
+        return whole + [branch.request for branch in self._branches.values()]
+
     def fail_all(self, outcome: Outcome = Outcome.ERROR) -> None:
         """Everything in flight ends: the flow is gone."""
         whole = [(entry, outcome) for entry in self._open.values() if isinstance(entry, Request)]

@@ -210,6 +210,23 @@ def test_a_signal_finishes_what_is_in_flight_and_the_next_run_goes_on(shell, nam
     assert sorted(result["src"]["line"] for result in shell.results()) == list(range(1, 1201))
 
 
+def test_a_signal_lets_lines_go_that_have_not_had_their_turn(shell):
+    """They were read far ahead of a slow model; the next run computes them."""
+    shell.write(200, tokens=300)
+    with shell.start_and_wait_for_results("answers.yaml", "--set=engine.scheduler.max_batch_size=2") as process:
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate()
+    assert process.returncode == 0
+    done = len(shell.results())
+    assert done < 100
+    assert "cancelled" in stderr
+    assert "stopped early: SIGTERM" in stderr
+    assert shell.run("answers.yaml")[0] == 0
+    assert sorted(result["src"]["line"] for result in shell.results()) == list(range(1, 201))
+    assert {result["finish_reason"] for result in shell.results()} == {"length"}
+    assert not (shell.folder / "dead.jsonl").read_text()
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_while_the_model_loads_ends_the_run_at_once(shell, name):
     shell.write(3)
