@@ -28,7 +28,7 @@ _SIGNAL_INTERVAL_S = 0.05
 @pipeline_arguments
 @click.option("--quiet", "-q", is_flag=True, help="No progress and no summary; errors are still told.")
 def command(path: Path, overrides: tuple[str, ...], allow_modules: tuple[str, ...], quiet: bool) -> None:
-    """Run PIPELINE. SIGTERM or Ctrl-C finishes what is being computed; a second one, or one while loading, stops at once.
+    """Run PIPELINE. SIGTERM or Ctrl-C finishes what is being computed; a second one, or one at loading, stops at once.
 
     Exit codes: 0 done, 1 the run failed (an operator, lost records, too many bad ones, a gate), 78 the pipeline is
     wrong.
