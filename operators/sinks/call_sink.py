@@ -10,14 +10,13 @@ from ...runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, Rec
 
 @operator("call_sink")
 class CallSink(Operator[OperatorConfig]):
-    """Wakes the caller of each request: deltas as they come, then the completion or the dead letter.
+    """Wakes the caller of each request: deltas as they come, then the completion or the dead letter. No file may name it.
 
     Guarantee: each caller is told exactly one end.
     """
 
     inputs = (Port("in", frozenset({RecordKind.DELTA, RecordKind.COMPLETION, RecordKind.DEAD_LETTER})),)
     guarantee = "each caller is told exactly one end"
-    example = "call_sink: {}"
 
     async def process(self, records: list[Any], out: Outlet) -> None:
         calls = self.context.engine.calls

@@ -49,7 +49,7 @@ class JsonlSink(Operator[JsonlSinkConfig]):
 
     config_model = JsonlSinkConfig
     inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DEAD_LETTER, RecordKind.DELTA})),)
-    guarantee = "exactly once with jsonl_source, across kill -9; at least once with any other source"
+    guarantee = "exactly once with jsonl_source, across kill -9; at most once with stdin_source"
     writes = "path"
     example = """\
 operators:

@@ -35,7 +35,7 @@ class StdoutSink(Operator[StdoutSinkConfig]):
 
     config_model = StdoutSinkConfig
     inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DEAD_LETTER, RecordKind.DELTA})),)
-    guarantee = "at most once: nothing is remembered between runs"
+    guarantee = "at most once in a run; the next run of a jsonl_source begins at the file's beginning"
     example = """\
 operators:
   show: {type: stdout_sink, format: text}
