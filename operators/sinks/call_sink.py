@@ -10,7 +10,7 @@ from ...runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, Rec
 
 @operator("call_sink")
 class CallSink(Operator[OperatorConfig]):
-    """Wakes the caller of each request: deltas as they come, then the completion or the dead letter. No file may name it.
+    """Wakes the caller of each request: deltas as they come, then its end. No file may name it.
 
     Guarantee: each caller is told exactly one end.
     """
