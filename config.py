@@ -134,7 +134,8 @@ class KVCacheConfig(Config):
     """The paged KV pool and its prefix tree. `max_tokens` bounds the pool; `block_size` is in tokens.
 
     `eviction` says which prefix is given up for room: the least recently used one, the least frequently used one, or
-    the one that is cheapest to recompute for what it holds and how often it was used.
+    the one that is cheapest to recompute for what it holds and how often it was used. A prefix that nobody used for
+    `ttl_s` seconds is forgotten even if there is room; 0 is never.
     """
 
     max_tokens: Positive = 65536
@@ -148,6 +149,7 @@ class KVCacheConfig(Config):
     enable_prefix_caching: bool = True
     enable_cross_request_sharing: bool = True
     eviction: Eviction = KVEviction.LRU
+    ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     enable_migration: bool = False
     hot_threshold: Annotated[float, Field(gt=0)] = 1.0
     cold_timeout_s: Annotated[float, Field(gt=0)] = 60.0
@@ -165,6 +167,8 @@ class KVCacheConfig(Config):
             f"kv_cache.{'/'.join(sorted(changed))}",
             "it classifies blocks for migration: leave it out",
         )
+        if self.ttl_s and not (self.enable_prefix_caching and self.enable_cross_request_sharing):
+            raise ValueError(f"ttl_s {self.ttl_s} is for prefixes, but none are cached: leave it out, or cache them")
         if self.max_tokens < self.block_size:
             raise ValueError(f"max_tokens {self.max_tokens} is less than one block of {self.block_size} tokens")
         return self
@@ -222,7 +226,6 @@ class SchedulerConfig(Config):
             instead = "leave it out, or write policy LONGEST_PREFIX or SHORTEST_JOB"
             raise ValueError(f"policy {policy.name} ignores max_overtakes: {instead}")
         return self
-
 
     @property
     def time_shares(self) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,11 +12,12 @@ import numpy as np
 
 from ..errors import KVCacheError
 from .eviction import LRUEviction
+from .expiry import Expiry
 from .pool import NO_BLOCKS, BlockPool
 from .radix_tree import RadixTree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from .eviction import EvictionPolicy
     from .pool import Int32Array
@@ -92,6 +94,7 @@ class KVCache:
     `release`. Thread-safe: every method may be called from any thread.
 
     `policy` says which prefix is given up first, without one the least recently used; it serves this cache only.
+    What nobody used for `ttl_s` seconds is forgotten, 0 is never: at the next lookup or allocation, by `clock`.
     With `enable_prefix_caching` or `share_across_requests` off, `match` finds nothing and `commit` inserts nothing.
     """
 
@@ -102,19 +105,24 @@ class KVCache:
         enable_prefix_caching: bool = True,
         share_across_requests: bool = True,
         policy: EvictionPolicy | None = None,
+        ttl_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make an empty cache.
 
         Raises:
-            KVCacheError: `num_blocks` or `block_size` is less than 1.
+            KVCacheError: `num_blocks` or `block_size` is less than 1, or `ttl_s` is negative.
         """
+        if ttl_s < 0:
+            raise KVCacheError(f"a prefix cannot be kept for {ttl_s} s: give a positive time, or 0 to keep it for good")
         if block_size < 1:
             raise KVCacheError(f"a block of {block_size} tokens holds nothing: give at least 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.shares_prefixes = enable_prefix_caching and share_across_requests
         self._pool = BlockPool(num_blocks)
-        self._tree = RadixTree(self._pool, block_size, policy or LRUEviction())
+        self._tree = RadixTree(self._pool, block_size, policy or LRUEviction(), Expiry(ttl_s, clock) if ttl_s else None)
+        self._expires = ttl_s > 0
         self._lock = threading.Lock()
         self._queries = self._queried_tokens = self._hits = self._hit_tokens = 0
         self._committed_tokens = self._evicted_blocks = 0
@@ -128,12 +136,17 @@ class KVCache:
         """
         tokens = np.asarray(tokens, dtype=np.int32)
         with self._lock:
+            self._forget_expired()
             found = self._find(tokens, namespace, limit, record)
             if found.tokens:
                 self._pool.retain(found.blocks)
             if record:
                 self._count_query(tokens, found.tokens)
         return found
+
+    def _forget_expired(self) -> None:
+        if self._expires:
+            self._evicted_blocks += self._tree.forget_expired()
 
     def _find(self, tokens: Int32Array, namespace: Namespace, limit: int, touch: bool) -> PrefixMatch:
         if self.shares_prefixes and limit > 0:
@@ -151,6 +164,7 @@ class KVCache:
         if not self.shares_prefixes:
             return [0 for _ in prompts]
         with self._lock:
+            self._forget_expired()
             return [self._tree.count(tokens[:-1], namespace, touch) for tokens, namespace in prompts]
 
     def commit(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> int:
@@ -197,6 +211,7 @@ class KVCache:
             return []
         pool, size = self._pool, self.block_size
         with self._lock:
+            self._forget_expired()
             matches = [self._find(want.tokens, want.namespace, want.limit, touch=True) for want in wants]
             counts = [
                 -(-want.tokens.size // size) - match.tokens // size + want.spare
@@ -226,6 +241,7 @@ class KVCache:
             raise KVCacheError(f"cannot allocate {count} blocks")
         pool = self._pool
         with self._lock:
+            self._forget_expired()
             if count > pool.num_free + pool.num_evictable:
                 return None
             return self._take(count)

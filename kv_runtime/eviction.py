@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,7 +32,7 @@ class EvictionPolicy(Protocol):
         """List a node that is a leaf now, or is no longer parked, with no better rank than its last use gave it."""
 
     def unlist(self, node: Node) -> None:
-        """Forget the node that `victim` returned."""
+        """Forget a listed leaf."""
 
     def victim(self) -> Node | None:
         """Return the listed leaf to give up first, None if there is none; it stays listed."""
@@ -117,7 +117,8 @@ class GreedyDualEviction:
     time, about 6 x hidden size. Where that is infinite, the cost is the same everywhere, which is LFU with dynamic
     aging (Arlitt et al., "Evaluating Content Management Techniques for Web Proxy Caches", 2000).
 
-    A priority never falls, so the heap may keep an old one until its leaf comes out on top.
+    A priority never falls, so the heap may keep an old one until its leaf comes out on top; a leaf that is unlisted
+    elsewhere stays in it too, until most of the heap are such.
     """
 
     def __init__(self, attention_parity: float) -> None:
@@ -125,7 +126,7 @@ class GreedyDualEviction:
         self._clock = 0.0
         self._heap: list[tuple[float, int, Node]] = []  # the number, by which no two entries are equal, is their age
         self._numbers = count()
-        self._listed: set[Node] = set()  # the nodes in the heap
+        self._listed: set[Node] = set()
 
     def touch(self, path: list[Node]) -> None:
         for node in path:
@@ -143,14 +144,21 @@ class GreedyDualEviction:
             heapq.heappush(self._heap, self._entry(node))
 
     def unlist(self, node: Node) -> None:
-        heapq.heappop(self._heap)
-        self._listed.remove(node)
+        heap, listed = self._heap, self._listed
+        listed.remove(node)
+        if heap[0][2] is node:
+            heapq.heappop(heap)
+        elif len(heap) > 2 * len(listed) + 64:
+            self._heap = [entry for entry in heap if entry[2] in listed]
+            heapq.heapify(self._heap)
 
     def victim(self) -> Node | None:
         heap = self._heap
         while heap:
             priority, _, node = heap[0]
-            if node.children:
+            if node not in self._listed:
+                heapq.heappop(heap)
+            elif node.children:
                 self.unlist(node)
             elif priority < self._priority(node):
                 heapq.heapreplace(heap, self._entry(node))
@@ -175,8 +183,10 @@ class GreedyDualEviction:
 
     def check(self) -> None:
         heap = self._heap
-        if len(heap) != len(self._listed) or {node for _, _, node in heap} != self._listed:
-            raise KVCacheError(f"the eviction heap has {len(heap)} entries for {len(self._listed)} listed nodes")
+        entries = Counter(node for _, _, node in heap)
+        for node in self._listed:
+            if entries[node] != 1:
+                raise KVCacheError(f"tree node {node} is listed for eviction, but the heap has {entries[node]} of it")
         for index, entry in enumerate(heap):
             priority, _, node = entry
             if index and heap[(index - 1) // 2] > entry:

@@ -9,7 +9,8 @@ a shared, partly filled block lies past every `end` that refers to it.
 Eviction trims leaves from their tails, in the order that a policy (`eviction.py`) gives. A leaf whose last block has
 an owner cannot give anything: it is *parked* outside the policy's list when eviction meets it and returns when that
 block is released. Each step is paid for by an evicted block, or by the release that it answers. A use that ends
-inside a node splits it, so that what nobody uses any more ages; what extends a leaf inherits its uses.
+inside a node splits it, so that what nobody uses any more ages; what extends a leaf inherits its uses. With an
+`Expiry` what has not been used for too long is forgotten when the tree is told to, whoever owns its blocks.
 
 The pool hears of many changes at once, in `settle`; what is entered has an owner or is in the tree already, so
 nothing is lost meanwhile.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .eviction import EvictionPolicy
+    from .expiry import Expiry
     from .pool import BlockPool, Blocks
 
 Namespace = tuple[str, str]
@@ -84,11 +86,12 @@ def _joined(arrays: list[Int32Array]) -> Int32Array:
 class RadixTree:
     """Prefixes per namespace; see the module's docstring. Not thread-safe."""
 
-    def __init__(self, pool: BlockPool, block_size: int, policy: EvictionPolicy) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, policy: EvictionPolicy, expiry: Expiry | None) -> None:
         self._pool = pool
         self._block_size = block_size
         self._roots: dict[Namespace, Node] = {}
         self._policy = policy
+        self._expiry = expiry
         self._parked: OrderedDict[int, list[Node]] = OrderedDict()
         self._entered: list[Int32Array] = []  # blocks whose references the pool does not know of
         self._dropped: list[Int32Array] = []
@@ -104,6 +107,8 @@ class RadixTree:
         if touch:
             self._split_unused(path, position)
             self._policy.hit(path)
+            if self._expiry:
+                self._expiry.touch(path)
         size, node = self._block_size, path[-1]
         first = node.start // size
         parts = [node.blocks[: (position - 1) // size - first + 1]]
@@ -184,6 +189,18 @@ class RadixTree:
                 self._park(node)
         return count - missing
 
+    def forget_expired(self) -> int:
+        """Drop what has expired; return how many blocks became free by it. Those with owners stay with them."""
+        before = self._pool.num_free
+        for leaf in self._expiry.expired() if self._expiry else ():
+            if leaf.parked_on >= 0:
+                self._unpark_one(leaf)
+            else:
+                self._policy.unlist(leaf)
+            self._trim(leaf, leaf.blocks.size)
+        self.settle()
+        return self._pool.num_free - before
+
     def settle(self) -> None:
         """Tell the pool which references the tree has taken and dropped."""
         if self._entered:
@@ -206,6 +223,8 @@ class RadixTree:
         """Forget everything; return how many blocks became free by it."""
         self._roots.clear()
         self._policy.clear()
+        if self._expiry:
+            self._expiry.clear()
         self._parked.clear()
         return self._pool.uncache_all()
 
@@ -231,6 +250,8 @@ class RadixTree:
         if path:
             self._split_unused(path, position)
             self._policy.touch(path)
+            if self._expiry:
+                self._expiry.touch(path)
 
     def _split_unused(self, path: list[Node], position: int) -> None:
         """Before a use up to `position` is told to the policy, cut off what it leaves of the last node."""
@@ -280,6 +301,8 @@ class RadixTree:
     def _remove(self, leaf: Node) -> None:
         parent = leaf.parent
         del parent.children[leaf.tokens.item(0)]
+        if self._expiry:
+            self._expiry.forget(leaf)
         if not parent.children:
             if parent.namespace is not None:
                 del self._roots[parent.namespace]
@@ -320,13 +343,15 @@ class RadixTree:
             waiting.extend(node.children.values())
 
     def check(self) -> None:
-        """Verify the structure, the references and the policy's list.
+        """Verify the structure, the references, the policy's list and the order of expiry.
 
         Raises:
             KVCacheError: naming the first thing that is wrong.
         """
         held = np.zeros(self._pool.num_blocks, dtype=np.int64)
         self._policy.check()
+        if self._expiry:
+            self._expiry.check([*self.nodes()])
         policy_list, listed, parked = self._policy.listed, 0, 0
         for namespace, root in self._roots.items():
             if not root.children or root.namespace != namespace:

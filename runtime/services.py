@@ -66,6 +66,7 @@ class EngineServices:
             kv.enable_prefix_caching,
             kv.enable_cross_request_sharing,
             make_eviction_policy(kv.eviction),
+            kv.ttl_s,
         )
 
     @cached_property

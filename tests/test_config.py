@@ -31,7 +31,7 @@ DEFAULTS = {
         "max_tokens": 65536, "block_size": 16, "granularity": KVGranularity.BLOCK, "enable_tiering": False,
         "hbm_ratio": 1.0, "ddr_ratio": 0.0, "nvme_ratio": 0.0, "nvme_path": None, "enable_prefix_caching": True,
         "enable_cross_request_sharing": True, "enable_migration": False, "hot_threshold": 1.0, "cold_timeout_s": 60.0,
-        "eviction": KVEviction.LRU,
+        "eviction": KVEviction.LRU, "ttl_s": 0.0,
     },
     SchedulerConfig: {
         "mode": SchedulerMode.HYBRID, "prefill_workers": 1, "decode_workers": 1, "max_batch_size": 64,
@@ -181,6 +181,9 @@ def test_what_a_later_version_brings_is_refused_by_name(cls, asked, named):
         ("modle: {}", "modle"),
         ("kv_cache: {max_tokens: 0}", "kv_cache.max_tokens"),
         ("kv_cache: {max_tokens: 8, block_size: 16}", "less than one block of 16 tokens"),
+        ("kv_cache: {eviction: fifo}", "kv_cache.eviction"),
+        ("kv_cache: {ttl_s: -1}", "kv_cache.ttl_s"),
+        ("kv_cache: {ttl_s: 60, enable_prefix_caching: false}", "ttl_s 60.0 is for prefixes, but none are cached"),
         ("benchmark: {max_ttft_ms: 3}", "set enable_gates: true"),
         ("[]", "write a mapping"),
         ("engine: 3", "write a mapping"),

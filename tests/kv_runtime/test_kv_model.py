@@ -33,9 +33,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     eviction = KVEviction.LRU
 
-    @initialize(num_blocks=st.sampled_from([8, 16, 400]), block_size=st.sampled_from([1, 3, 4]))
-    def make(self, num_blocks, block_size):
-        self.cache = KVCache(num_blocks, block_size, policy=make_eviction_policy(self.eviction, attention_parity=4))
+    @initialize(
+        num_blocks=st.sampled_from([8, 16, 400]), block_size=st.sampled_from([1, 3, 4]), ttl_s=st.sampled_from([0, 9])
+    )
+    def make(self, num_blocks, block_size, ttl_s):
+        policy = make_eviction_policy(self.eviction, attention_parity=4)
+        self.cache = KVCache(num_blocks, block_size, policy=policy, ttl_s=ttl_s, clock=lambda: self.now)
+        self.ttl_s = ttl_s
+        self.now = 0.0
         self.size = block_size
         self.kv = {}  # (block, offset) -> (namespace, tokens up to and including that position)
         self.committed = {}  # namespace -> every prefix ever committed
@@ -185,6 +190,20 @@ class CacheMachine(RuleBasedStateMachine):
     def take_some(self, data):
         """Evicts in small pieces, between which the tree lives on."""
         self.cache.release(self.allocate(data.draw(st.integers(1, self.cache.available()))))
+
+    @rule(seconds=st.integers(1, 8))
+    def pass_time(self, seconds):
+        self.now += seconds
+        self.lossless = self.lossless and not self.ttl_s
+
+    @precondition(lambda self: self.ttl_s)
+    @rule(seconds=st.integers(0, 3))
+    def idle_until_everything_has_expired(self, seconds):
+        self.now += self.ttl_s + seconds
+        self.committed.clear()
+        self.lossless = True
+        assert self.cache.count_cached([(as_tokens([0, 0]), ("", ""))]) == [0]
+        assert self.cache.stats().cached_blocks == 0
 
     @rule()
     def clear(self):
