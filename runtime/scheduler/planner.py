@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...kv_runtime.cache import KVCache
+    from ...records import Sequence
     from .time_share import TimeShare
 
 
@@ -30,7 +31,8 @@ class Planner:
     """Plans steps. Hybrid ones: every decoding row gets a token, prompt chunks fill the rest of the token budget. With
     `time_share` a step is of one kind.
 
-    `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them.
+    `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them. By `rank` of
+    their sequences, then by admission, prompts are computed and preempted rows resumed; the last by it is preempted.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Planner:
         max_step_tokens: int,
         max_prefill_batch: int,
         max_decode_batch: int,
+        rank: Callable[[Sequence], float],
         on_preempted: Callable[[int], None],
         leases_in_transit: Callable[[], bool],
         time_share: TimeShare | None = None,
@@ -49,6 +52,7 @@ class Planner:
         self._max_step_tokens = max_step_tokens
         self.max_prefill_batch = max_prefill_batch
         self.max_decode_batch = max_decode_batch
+        self._rank = rank
         self._on_preempted = on_preempted
         self._leases_in_transit = leases_in_transit
         self._time_share = time_share
@@ -113,20 +117,27 @@ class Planner:
                 return slots
             if unread_steps:
                 raise MustReadFirst
-            if not self._preempt_newest():
+            if not self._preempt_last():
                 return slots[~np.isin(slots, short)]  # rows between prefill and decode hold the blocks: wait for them
 
-    def _preempt_newest(self) -> bool:
-        """Take the blocks of the newest row; False if only rows in transit could free any."""
-        table = self._table
-        candidates = table.slots_in(RowState.PREFILL, RowState.DECODE)
-        candidates = candidates[table.num_blocks[candidates] > 0]
+    def _preempt_last(self) -> bool:
+        """Take the blocks of the row whose turn is last; False if only rows in transit could free any."""
+        candidates = self._in_turn(RowState.PREFILL, RowState.DECODE)
+        candidates = candidates[self._table.num_blocks[candidates] > 0]
         if len(candidates) <= 1:
             if len(candidates) and not self._leases_in_transit():
                 raise KVCacheError("one sequence alone fills the KV pool: raise kv_cache.max_tokens")
             return False
         self._preempt(int(candidates[-1]))
         return True
+
+    def _in_turn(self, *states: RowState) -> NDArray[np.int64]:
+        """Slots in any of the states by rank, of equals the one admitted first."""
+        slots = self._table.slots_in(*states)
+        if len(slots) <= 1:
+            return slots
+        ranks = [self._rank(row.owner.sequence) for slot in slots.tolist() if (row := self._table.rows[slot])]
+        return slots[np.argsort(ranks, kind="stable")]
 
     def _preempt(self, slot: int) -> None:
         table = self._table
@@ -164,11 +175,11 @@ class Planner:
         self._table.num_blocks[slots] = 0
 
     def _resume_preempted(self) -> None:
-        """Oldest first, give preempted rows blocks for all their tokens and one more; stop at the first that waits."""
+        """In turn, give preempted rows blocks for all their tokens and one more; stop at the first that waits."""
         table = self._table
         if not table.has(RowState.PREEMPTED):
             return
-        for slot in table.slots_in(RowState.PREEMPTED).tolist():
+        for slot in self._in_turn(RowState.PREEMPTED).tolist():
             row = table.rows[slot]
             assert row is not None
             target = int(table.target[slot])
@@ -209,7 +220,7 @@ class Planner:
         chunks: list[PromptChunk] = []
         if budget <= 0 or not table.has(RowState.PREFILL):
             return chunks
-        slots = table.slots_in(RowState.PREFILL)[: self.max_prefill_batch]
+        slots = self._in_turn(RowState.PREFILL)[: self.max_prefill_batch]
         columns = (slots, table.epoch[slots], table.computed[slots], table.target[slots])
         for slot, epoch, start, target in zip(*(column.tolist() for column in columns), strict=True):
             end = min(target, start + budget)

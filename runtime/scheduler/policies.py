@@ -46,7 +46,7 @@ class Policy(Protocol):
         ...
 
     def rank(self, sequence: Sequence) -> float:
-        """Of sequences that run the one with the largest rank gives way first; of equals, the one admitted last."""
+        """Of sequences that run the smallest rank is computed first and the largest preempted; equals as admitted."""
         ...
 
     def charge(self, sequence: Sequence) -> None:

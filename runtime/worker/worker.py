@@ -70,6 +70,7 @@ class Worker:
             max_step_tokens,
             scheduler.max_prefill_batch,
             scheduler.max_decode_batch,
+            rank=leases.policy.rank,
             on_preempted=self._forget_on_device,
             leases_in_transit=self._leases_in_transit,
             time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,

@@ -192,9 +192,7 @@ def test_it_ends_when_its_inputs_have_ended_and_nobody_waits(on_loop, null_engin
     engine.check_nothing_leaks()
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "policy"), [("priority", 3, "priority"), ("deadline_ms", 20.0, "deadline")]
-)
+@pytest.mark.parametrize(("field", "value", "policy"), [("priority", 3, "priority"), ("deadline_ms", 20.0, "deadline")])
 def test_what_the_policy_would_ignore_is_refused_and_what_it_heeds_is_not(on_loop, null_engine, field, value, policy):
     async def main():
         for chosen in SchedulerPolicy:

@@ -115,6 +115,7 @@ def test_every_sequence_leaves_exactly_once_under_every_policy(bench, policy, se
         max_step_tokens=chosen.randint(1, 16),
         max_prefill_batch=chosen.randint(1, 4),
         launch_ahead=chosen.random() < 0.7,
+        mode=chosen.choice(["hybrid", "time_share"]),
     )
     sequences = []
     for _ in range(chosen.randint(1, 20)):
