@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+from itertools import count
 
 import numpy as np
 import pytest
 
-from sageLLM.kv_runtime import KVCache
+from sageLLM.kv_runtime import KVCache, KVEviction, make_eviction_policy
 
 ANYONE = ("", "")
 
@@ -22,8 +23,11 @@ def busy_switching():
 
 
 @pytest.mark.usefixtures("busy_switching")
-def test_hammer():
-    cache = KVCache(64, 4)
+@pytest.mark.parametrize("ttl_s", [0, 200])
+@pytest.mark.parametrize("eviction", KVEviction)
+def test_hammer(eviction, ttl_s):
+    """A second passes each time that the cache looks at its clock."""
+    cache = KVCache(64, 4, policy=make_eviction_policy(eviction), ttl_s=ttl_s, clock=count().__next__)
     holder = np.zeros(64, dtype=np.int64)  # which thread writes to a block it took
     failures = []
     held = [[] for _ in range(4)]

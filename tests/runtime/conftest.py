@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import numpy as np
 import pytest
 
-from sageLLM.config import SchedulerConfig
-from sageLLM.kv_runtime.cache import KVCache
+from sageLLM.config import KVCacheConfig, SchedulerConfig
+from sageLLM.kv_runtime import KVCache, make_eviction_policy
 from sageLLM.records import Request, SamplingParams, Sequence
 from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint, namespace_of
 from sageLLM.runtime.scheduler.policies import make_scheduler_policy
+from sageLLM.runtime.scheduler.timeouts import Timeouts
 from sageLLM.runtime.scheduler.waiting import WaitingQueue
 from sageLLM.runtime.worker.executor import NullExecutor
 from sageLLM.runtime.worker.worker import Worker
 
 
 class Bench:
-    """Waiting queue, leases, KV books and a worker; `run` plays schedule, prefill, kv_commit and decode."""
+    """Waiting queue, leases, KV books and a worker; `run` plays schedule, prefill, kv_commit and decode.
 
-    def __init__(self, blocks=64, block_size=4, commit=True, executor=None, stop_matcher=None, **scheduler):
+    For `kv_cache`'s `eviction` and `ttl_s` a second passes each time that the KV books look at their clock.
+    """
+
+    def __init__(
+        self, blocks=64, block_size=4, commit=True, executor=None, stop_matcher=None, kv_cache=(), **scheduler
+    ):
         config = SchedulerConfig(**{"max_batch_size": 8, **scheduler})
-        self.kv = KVCache(blocks, block_size)
+        kv_config = KVCacheConfig(**dict(kv_cache))
+        policy = make_eviction_policy(kv_config.eviction)
+        self.kv = KVCache(blocks, block_size, policy=policy, ttl_s=kv_config.ttl_s, clock=count().__next__)
         self.leases = LeaseBook(self.kv, config.max_batch_size, block_size, make_scheduler_policy(config, self.kv))
-        self.waiting = WaitingQueue(self.leases, config.queue_timeout_s, config.request_timeout_s)
+        self.waiting = WaitingQueue(self.leases, Timeouts.of(config))
         executor = executor or NullExecutor(config.max_batch_size)
         self.worker = Worker(
             executor, self.kv, self.leases, config, 4096, config.max_step_tokens or 64, stop_matcher or (lambda s: None)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sageLLM.backends import detect_backend
 from sageLLM.backends.cpu import AVX512Backend
-from sageLLM.config import BackendConfig, ModelConfig, SchedulerPolicy
+from sageLLM.config import BackendConfig, KVEviction, ModelConfig, SchedulerPolicy
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
 from sageLLM.runtime.worker.torch_executor import TorchExecutor
@@ -111,6 +111,10 @@ def check_any_mix(bench, loaded, oracle, data) -> None:
         max_step_tokens=data.draw(st.sampled_from([3, 8, 64]), label="step tokens"),
         launch_ahead=data.draw(st.booleans(), label="launch ahead"),
         policy=data.draw(st.sampled_from(SchedulerPolicy), label="policy"),
+        kv_cache={
+            "eviction": data.draw(st.sampled_from(KVEviction), label="eviction"),
+            "ttl_s": data.draw(st.sampled_from([0, 5, 50]), label="ttl"),
+        },
         **data.draw(st.sampled_from(MODES), label="mode"),
     )
     picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
