@@ -24,17 +24,21 @@ if TYPE_CHECKING:
     from ..config import KVEviction
     from ..kv_runtime.pool import Int32Array
 
-TRACE_BLOCK = 512  # tokens
+PARITY = ATTENTION_PARITY / 512  # in the trace's blocks
 NAMESPACE = ("", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Blocks that were hit and looked up; `seconds` is for all lookups, each with its evictions and its insert."""
+    """Blocks that were hit and looked up; `seconds` is for all lookups, each with its evictions and its insert.
+
+    `saved_time` is the share, 0 to 1, of the time to compute all prompts that hits save, as policy `cost` estimates it.
+    """
 
     lookups: int
     hit_blocks: int
     looked_up_blocks: int
+    saved_time: float
     seconds: float
 
     @property
@@ -86,14 +90,22 @@ def replay(requests: Sequence[Int32Array], num_blocks: int | None, eviction: KVE
     longest, total = max(ids.size for ids in requests), sum(ids.size for ids in requests)
     if num_blocks is not None and num_blocks < longest:
         raise ConfigError(f"{num_blocks} blocks do not hold the longest request of the trace, give at least {longest}")
-    policy = make_eviction_policy(eviction, ATTENTION_PARITY / TRACE_BLOCK)
+    policy = make_eviction_policy(eviction, PARITY)
     cache = KVCache(num_blocks or total, block_size=1, policy=policy)
+    saved = 0.0
     start = time.perf_counter()
     for ids in requests:
         ((match, fresh),) = cache.acquire([Want(ids, NAMESPACE, limit=ids.size)])
+        saved += _prefill_time(match.tokens)
         blocks = np.concatenate([match.blocks, fresh])
         cache.commit(ids, blocks, NAMESPACE)
         cache.release(blocks)
     seconds = time.perf_counter() - start
     stats = cache.stats()
-    return Replay(stats.queries, stats.hit_tokens, stats.queried_tokens, seconds)
+    saved /= sum(_prefill_time(ids.size) for ids in requests)
+    return Replay(stats.queries, stats.hit_tokens, stats.queried_tokens, saved, seconds)
+
+
+def _prefill_time(blocks: int) -> float:
+    """In the time that the linear layers take for a block."""
+    return blocks + blocks**2 / (2 * PARITY)

@@ -67,6 +67,13 @@ def test_an_unlimited_pool_hits_all_that_came_before(tmp_path, eviction):
     assert result.lookups_per_second == pytest.approx(300 / result.seconds)
 
 
+def test_late_blocks_save_more_time_than_early_ones(tmp_path):
+    trace = read_trace(write(tmp_path / "trace.jsonl", [[*range(96)], [*range(48)]]))
+    result = replay(trace, None, KVEviction.COST)
+    assert result.hit_rate == pytest.approx(48 / 144)
+    assert result.saved_time == pytest.approx((48 + 24) / (96 + 96 + 48 + 24)), "attention costs as much from 48 on"
+
+
 def test_ids_of_any_size_are_numbered_anew(tmp_path):
     trace = read_trace(write(tmp_path / "trace.jsonl", [[2**62, 5], [], [2**62, 7]]))
     assert [ids.tolist() for ids in trace] == [[2, 0], [], [2, 1]]

@@ -85,7 +85,7 @@ def test_kv_trace_prints_a_row_for_each_size_and_policy(tmp_path):
     result = bench("kv-trace", "--trace", str(trace), "--blocks", "2", "--blocks", "0")
     assert result.exit_code == 0, result.output
     header, _, *rows = map(str.split, result.stdout.splitlines())
-    assert header == ["blocks", "policy", "hit", "rate", "lookups/s"]
+    assert header == ["blocks", "policy", "hit", "rate", "time", "saved", "lookups/s"]
     policies = [policy.value for policy in KVEviction]
     assert [row[:3] for row in rows] == [[size, p, "25.00%"] for size in ("2", "unlimited") for p in policies]
     result = bench("kv-trace", "--trace", str(trace), "--eviction", "COST")
