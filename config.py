@@ -183,9 +183,11 @@ class SchedulerConfig(Config):
     (None: 4096 on a GPU, 512 on a CPU and more there for a small model).
     `mode` `hybrid` mixes decoding rows and prompt chunks in one step; `time_share` takes turns: `prefill_steps` steps
     of prompts (by default 1), then `decode_steps` of decoding rows (4).
-    `launch_ahead` plans and launches a step before the previous one's tokens are read. `queue_timeout_s` is the
-    longest wait for a lease, `request_timeout_s` the longest time from arrival to the last token, 0 is no limit; both
-    hold for requests that somebody waits for (library calls, sockets): lines of a file wait as long as it takes.
+    `launch_ahead` plans and launches a step before the previous one's tokens are read.
+
+    `queue_timeout_s` is the longest wait for a lease, `first_token_timeout_s` the longest time from arrival to the
+    first token, `request_timeout_s` to the last; 0 is no limit. They hold for requests that somebody waits for (library
+    calls, sockets), and each is a finish reason of its own. Lines of a file wait as long as it takes.
 
     `policy` orders what waits. `tenant_weights`, for FAIR_SHARE, are the tenants' shares, 1 where none is given.
     `max_overtakes`, for LONGEST_PREFIX and SHORTEST_JOB, is by how many later ones a sequence may be overtaken at most
@@ -207,6 +209,7 @@ class SchedulerConfig(Config):
     launch_ahead: bool = True
     request_timeout_s: Annotated[float, Field(ge=0)] = 60.0
     queue_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+    first_token_timeout_s: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _available(self) -> SchedulerConfig:

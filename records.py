@@ -25,7 +25,9 @@ class FinishReason(StrEnum):
     STOP = "stop"  # end-of-sequence token, stop token id or stop string
     LENGTH = "length"  # max_new_tokens, or the model's context is full
     CANCELLED = "cancelled"
-    TIMEOUT = "timeout"
+    QUEUE_TIMEOUT = "queue_timeout"  # no lease within queue_timeout_s
+    FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # no token within first_token_timeout_s
+    TIMEOUT = "timeout"  # not done within request_timeout_s
     ERROR = "error"
 
 

@@ -34,7 +34,7 @@ class Schedule(Operator[ScheduleConfig]):
     """Lets a sequence pass when there is a running slot for it and KV blocks for its prompt, in the policy's order.
 
     A prompt whose prefix is being computed right now waits for it rather than compute it twice. Cancelled sequences
-    and those past their deadline leave at once, ended, and later stages pass them on. What can never fit is rejected.
+    and those past a timeout leave at once, ended, and later stages pass them on. What can never fit is rejected.
 
     Guarantee: every sequence leaves exactly once, on `out` or `error`; granted in the policy's order, by default that
     of arrival, except behind a prefix that is being computed.
@@ -97,11 +97,11 @@ class Schedule(Operator[ScheduleConfig]):
                 continue
             if self._ended and not len(self._waiting):
                 return
-            with anyio.move_on_after(self._time_to_deadline()):
+            with anyio.move_on_after(self._time_to_timeout()):
                 await self._returned.get()
 
-    def _time_to_deadline(self) -> float | None:
-        earliest = self._waiting.next_deadline()
+    def _time_to_timeout(self) -> float | None:
+        earliest = self._waiting.next_timeout()
         return None if earliest == float("inf") else max(0.0, earliest - time.monotonic())
 
     async def close(self) -> None:

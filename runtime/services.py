@@ -19,6 +19,7 @@ from .flow.groups import lone_error_unwrapped
 from .memory import check_kv_pool, check_slots
 from .scheduler.lease import LeaseBook
 from .scheduler.policies import make_scheduler_policy
+from .scheduler.timeouts import Timeouts
 from .scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ class EngineServices:
 
     @cached_property
     def waiting(self) -> WaitingQueue:
-        scheduler = self.config.scheduler
-        return WaitingQueue(self.leases, scheduler.queue_timeout_s, scheduler.request_timeout_s)
+        return WaitingQueue(self.leases, Timeouts.of(self.config.scheduler))
 
     @property
     def is_null(self) -> bool:

@@ -36,6 +36,7 @@ DEFAULTS = {
     SchedulerConfig: {
         "mode": SchedulerMode.HYBRID, "prefill_workers": 1, "decode_workers": 1, "max_batch_size": 64,
         "max_prefill_batch": 8, "max_decode_batch": 64, "request_timeout_s": 60, "queue_timeout_s": 30,
+        "first_token_timeout_s": 0,
     },
     BackendConfig: {
         "backend_type": None, "device_ids": [0], "tensor_parallel_size": 1, "pipeline_parallel_size": 1,

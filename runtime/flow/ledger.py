@@ -26,6 +26,8 @@ class Outcome(StrEnum):
 _RANK = {outcome: rank for rank, outcome in enumerate(Outcome)}
 _OUTCOME_OF = {
     FinishReason.CANCELLED: Outcome.CANCELLED,
+    FinishReason.QUEUE_TIMEOUT: Outcome.SHED,
+    FinishReason.FIRST_TOKEN_TIMEOUT: Outcome.SHED,
     FinishReason.TIMEOUT: Outcome.SHED,
     FinishReason.ERROR: Outcome.ERROR,
 }

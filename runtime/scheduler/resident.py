@@ -67,7 +67,7 @@ class ResidentTable:
         self.outputs_read = np.zeros(num_slots, np.int64)
         self.max_outputs = np.zeros(num_slots, np.int64)
         self.watched = np.zeros(num_slots, bool)  # needs a look at each token: streaming, stop strings, logprobs
-        self.deadline = np.full(num_slots, np.inf)
+        self.timeout = np.full(num_slots, np.inf)  # in monotonic seconds
         self.first_time = np.zeros(num_slots)
         self.last_time = np.zeros(num_slots)
         self.stop_ids = np.full((num_slots, 1), -1, np.int64)
@@ -76,7 +76,7 @@ class ResidentTable:
         self.outputs = np.zeros((num_slots, max_seq_len), np.int32)
         self._next_order = 0
 
-    def occupy(self, slot: int, row: Row, state: RowState, deadline: float) -> None:
+    def occupy(self, slot: int, row: Row, state: RowState, timeout: float) -> None:
         """Write a new row into a free slot."""
         sequence = row.owner.sequence
         length = len(sequence.prompt_tokens)
@@ -86,7 +86,7 @@ class ResidentTable:
         self._next_order += 1
         self.prompt_len[slot] = self.target[slot] = length
         self.max_outputs[slot] = sequence.sampling.max_new_tokens
-        self.deadline[slot] = deadline
+        self.timeout[slot] = timeout
         if sequence.eos_token_ids or sequence.sampling.stop_token_ids:
             self._write_stop_ids(slot, (*sequence.eos_token_ids, *sequence.sampling.stop_token_ids))
 
@@ -107,7 +107,7 @@ class ResidentTable:
         self.computed[at] = self.launched[at] = self.outputs_read[at] = self.num_blocks[at] = 0
         self.stop_ids[at] = -1
         self.watched[at] = False
-        self.deadline[at] = np.inf
+        self.timeout[at] = np.inf
 
     def set_blocks(self, slot: int, blocks: NDArray[np.int32]) -> None:
         """Replace a row's block table."""

@@ -6,9 +6,11 @@ import time
 from typing import TYPE_CHECKING
 
 from ...records import Choice, FinishReason, Sequence
+from .timeouts import NEVER
 
 if TYPE_CHECKING:
     from .lease import LeaseBook
+    from .timeouts import Timeouts
 
 
 def end_unstarted(sequence: Sequence, reason: FinishReason) -> None:
@@ -24,12 +26,11 @@ class WaitingQueue:
     A sequence whose prefix a running prompt computes is passed over and keeps its place.
     """
 
-    def __init__(self, leases: LeaseBook, queue_timeout_s: float, request_timeout_s: float) -> None:
+    def __init__(self, leases: LeaseBook, timeouts: Timeouts) -> None:
         self._leases = leases
-        self._queue_timeout_s = queue_timeout_s
-        self._request_timeout_s = request_timeout_s
+        self._timeouts = timeouts
         self._waiting = leases.policy
-        self._interactive = 0  # only these may meet a deadline
+        self._interactive = 0  # only these may meet a timeout
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -70,20 +71,11 @@ class WaitingQueue:
         self._waiting.remove(granted)
         return granted
 
-    def deadline(self, sequence: Sequence) -> float:
-        """When a waiting sequence must be given up, in monotonic seconds; lines of a file wait for ever."""
-        if not sequence.request.interactive:
-            return float("inf")
-        queued = sequence.timings.queued or 0.0
-        queue_end = queued + self._queue_timeout_s if self._queue_timeout_s else float("inf")
-        request_end = sequence.request.arrival + self._request_timeout_s if self._request_timeout_s else float("inf")
-        return min(queue_end, request_end)
-
-    def next_deadline(self) -> float:
-        """The earliest deadline of all that wait; infinity if nobody has one."""
+    def next_timeout(self) -> float:
+        """When the first of those that wait must be given up, in monotonic seconds; infinity if nobody must."""
         if not self._interactive:
             return float("inf")
-        return min(map(self.deadline, self._waiting), default=float("inf"))
+        return min(map(self._timeouts.end_of_waiting, self._waiting), default=NEVER).at
 
     def take_ended(self) -> list[Sequence]:
         """Remove and finish what was cancelled or has waited too long."""
@@ -92,10 +84,11 @@ class WaitingQueue:
             end_unstarted(sequence, FinishReason.CANCELLED)
         if self._interactive:
             now = time.monotonic()
-            overdue = [s for s in self._waiting if not s.ended and self.deadline(s) <= now]
-            for sequence in overdue:
-                end_unstarted(sequence, FinishReason.TIMEOUT)
-            ended += overdue
+            for sequence in self._waiting:
+                end = self._timeouts.end_of_waiting(sequence)
+                if end.at <= now and not sequence.ended:
+                    end_unstarted(sequence, end.reason)
+                    ended.append(sequence)
         if ended:
             self._interactive -= sum(sequence.request.interactive for sequence in ended)
             self._waiting.remove(ended)

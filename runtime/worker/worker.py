@@ -22,6 +22,7 @@ from ..scheduler.lease import Lease, LeaseBook, namespace_of
 from ..scheduler.planner import MustReadFirst, Planner
 from ..scheduler.resident import ResidentSequence, ResidentTable, Row, RowState
 from ..scheduler.time_share import TimeShare
+from ..scheduler.timeouts import Timeouts
 from ..scheduler.waiting import end_unstarted
 from .collector import Collector
 
@@ -61,7 +62,7 @@ class Worker:
         self._executor = executor
         self._kv = kv
         self._leases = leases
-        self._request_timeout_s = scheduler.request_timeout_s
+        self._timeouts = Timeouts.of(scheduler)
         self._depth = 2 if scheduler.launch_ahead else 1
         self._table = ResidentTable(scheduler.max_batch_size, max_seq_len, leases.block_size)
         self.planner = Planner(
@@ -253,13 +254,11 @@ class Worker:
                 del self._resident[id(sequence.request)]
                 self._refuse(sequence, lease if arrived else None)
                 continue
-            deadline = np.inf
-            if sequence.request.interactive and self._request_timeout_s:
-                deadline = sequence.request.arrival + self._request_timeout_s
+            timeout = self._timeouts.end_of_running(sequence).at
             sequence.choices = [Choice(index) for index in range(len(lease.slots))]
             for slot, choice in zip(lease.slots, sequence.choices, strict=True):
                 state = RowState.FORKING if choice.index else RowState.PREFILL
-                self._table.occupy(slot, Row(owner, choice), state, deadline)
+                self._table.occupy(slot, Row(owner, choice), state, timeout)
                 self._collector.watch(slot, sequence)
                 self._executor.admit(slot, sequence, choice.index)
             first = lease.slots[0]
@@ -375,13 +374,17 @@ class Worker:
     def _end_overdue(self) -> None:
         table = self._table
         now = time.monotonic()
-        for slot in np.flatnonzero(table.deadline < now).tolist():
+        for slot in np.flatnonzero(table.timeout < now).tolist():
             row = table.rows[slot]
             if row is None:
                 continue
             if row.owner.posted and not row.owner.decoding:
                 continue  # on its way between the doors: decode ends it
-            self._end_sequence(row.owner, FinishReason.TIMEOUT)
+            end = self._timeouts.end_of_running(row.owner.sequence)
+            if end.at < now:
+                self._end_sequence(row.owner, end.reason)
+            else:
+                table.timeout[slot] = end.at  # its first token has come
 
     def _forget_on_device(self, slot: int) -> None:
         table = self._table

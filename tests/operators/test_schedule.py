@@ -154,8 +154,15 @@ def test_cancelled_while_it_waits_it_passes_ended(on_loop, null_engine, interact
     engine.check_nothing_leaks()
 
 
-@pytest.mark.parametrize("limit", ["queue_timeout_s", "request_timeout_s"])
-def test_what_somebody_waits_for_leaves_at_its_deadline_and_lines_of_a_file_do_not(on_loop, null_engine, limit):
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ("queue_timeout_s", FinishReason.QUEUE_TIMEOUT),
+        ("first_token_timeout_s", FinishReason.FIRST_TOKEN_TIMEOUT),
+        ("request_timeout_s", FinishReason.TIMEOUT),
+    ],
+)
+def test_what_somebody_waits_for_leaves_at_its_timeout_and_lines_of_a_file_do_not(on_loop, null_engine, limit, reason):
     engine = null_engine(scheduler={"max_batch_size": 1, limit: 0.01})
     running, line, call = engine.sequence([1]), engine.sequence([2]), engine.sequence([3], interactive=True)
 
@@ -165,7 +172,7 @@ def test_what_somebody_waits_for_leaves_at_its_deadline_and_lines_of_a_file_do_n
             await schedule.until(lambda: call.ended)
             await schedule.settled()
             assert schedule.sent == [running, call]
-            assert call.choices[0].finish_reason is FinishReason.TIMEOUT
+            assert call.choices[0].finish_reason is reason
             assert not line.ended
             engine.services.release([running.request])
             await schedule.settled()

@@ -141,7 +141,7 @@ async def test_sequences_own_kv_blocks_and_are_not_copied(lab):
 @pytest.mark.parametrize(
     ("reason", "outcome"),
     [(FinishReason.LENGTH, "done"), (FinishReason.CANCELLED, "cancelled"), (FinishReason.TIMEOUT, "shed"),
-     (FinishReason.ERROR, "error")],
+     (FinishReason.QUEUE_TIMEOUT, "shed"), (FinishReason.FIRST_TOKEN_TIMEOUT, "shed"), (FinishReason.ERROR, "error")],
 )  # fmt: skip
 async def test_how_a_completion_ends_its_request(lab, reason, outcome):
     flow = lab.flow(

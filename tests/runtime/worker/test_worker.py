@@ -122,7 +122,7 @@ def test_cancel_frees_everything_within_a_step(bench):
     b.check_nothing_leaks()
 
 
-def test_a_request_past_its_deadline_ends_with_timeout(bench):
+def test_a_request_past_its_timeout_ends_with_it(bench):
     b = bench(request_timeout_s=1e-6, queue_timeout_s=0)
     late = b.sequence(range(10), interactive=True)
     b.offer(late)
