@@ -24,9 +24,15 @@ _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
 
 class ScheduleConfig(OperatorConfig):
-    """`max_waiting` bounds the sequences that wait for a lease; beyond it the inputs are not read."""
+    """Bounds what waits for a lease; once it has reached one of them the inputs are not read.
+
+    `max_waiting` counts sequences, `max_waiting_tokens` the tokens of their prompts and `max_waiting_blocks` the KV
+    blocks that these fill, whether cached or not (None: no bound).
+    """
 
     max_waiting: int = Field(default=256, gt=0)
+    max_waiting_tokens: int | None = Field(default=None, gt=0)
+    max_waiting_blocks: int | None = Field(default=None, gt=0)
 
 
 @operator("schedule")
@@ -81,7 +87,7 @@ class Schedule(Operator[ScheduleConfig]):
             if refused:
                 await out.reject(refused)
             self._wake()
-            while len(self._waiting) >= self.config.max_waiting:
+            while self._is_full():
                 self._room = anyio.Event()
                 await self._room.wait()
         self._ended = True
@@ -90,7 +96,7 @@ class Schedule(Operator[ScheduleConfig]):
     async def _grant(self, out: Outlet) -> None:
         while True:
             passing: list[Sequence] = self._waiting.take_ended() + self._waiting.take_granted()
-            if len(self._waiting) < self.config.max_waiting:
+            if not self._is_full():
                 self._room.set()
             if passing:
                 await out.send(passing)
@@ -99,6 +105,14 @@ class Schedule(Operator[ScheduleConfig]):
                 return
             with anyio.move_on_after(self._time_to_timeout()):
                 await self._returned.get()
+
+    def _is_full(self) -> bool:
+        waiting, config = self._waiting, self.config
+        return (
+            len(waiting) >= config.max_waiting
+            or (config.max_waiting_tokens is not None and waiting.tokens >= config.max_waiting_tokens)
+            or (config.max_waiting_blocks is not None and waiting.blocks >= config.max_waiting_blocks)
+        )
 
     def _time_to_timeout(self) -> float | None:
         earliest = self._waiting.next_timeout()

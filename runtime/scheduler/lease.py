@@ -103,7 +103,11 @@ class LeaseBook:
     def estimate_blocks(self, sequence: Sequence) -> int:
         """How many blocks a lease may take out of the pool: exact if the cache is as kv_lookup found it."""
         cached = sequence.kv.tokens if isinstance(sequence.kv, PrefixHint) else 0
-        return -(-len(sequence.prompt_tokens) // self.block_size) - cached // self.block_size
+        return self.prompt_blocks(sequence) - cached // self.block_size
+
+    def prompt_blocks(self, sequence: Sequence) -> int:
+        """How many blocks the prompt fills, cached ones included."""
+        return -(-len(sequence.prompt_tokens) // self.block_size)
 
     def announce(self, sequence: Sequence) -> bool:
         """Note that a prompt is about to be computed, so that others can wait for the prefix that they share.

@@ -23,7 +23,8 @@ def end_unstarted(sequence: Sequence, reason: FinishReason) -> None:
 class WaitingQueue:
     """Sequences that wait for a lease, in the policy's order.
 
-    A sequence whose prefix a running prompt computes is passed over and keeps its place.
+    A sequence whose prefix a running prompt computes is passed over and keeps its place. `tokens` and `blocks` are what
+    the prompts of all that wait come to, and the KV blocks that they fill.
     """
 
     def __init__(self, leases: LeaseBook, timeouts: Timeouts) -> None:
@@ -31,6 +32,8 @@ class WaitingQueue:
         self._timeouts = timeouts
         self._waiting = leases.policy
         self._interactive = 0  # only these may meet a timeout
+        self.tokens = 0
+        self.blocks = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -40,11 +43,19 @@ class WaitingQueue:
         sequence.timings.queued = time.monotonic()
         self._waiting.add(sequence)
         self._interactive += sequence.request.interactive
+        self.tokens += len(sequence.prompt_tokens)
+        self.blocks += self._leases.prompt_blocks(sequence)
+
+    def _remove(self, sequences: list[Sequence]) -> None:
+        self._waiting.remove(sequences)
+        for sequence in sequences:
+            self._interactive -= sequence.request.interactive
+            self.tokens -= len(sequence.prompt_tokens)
+            self.blocks -= self._leases.prompt_blocks(sequence)
 
     def clear(self) -> None:
         """Forget everybody: whoever queued them answers for them."""
-        self._waiting.remove([*self._waiting])
-        self._interactive = 0
+        self._remove([*self._waiting])
 
     def take_granted(self) -> list[Sequence]:
         """Grant leases in the policy's order until one does not fit; the granted carry their lease in `kv`."""
@@ -67,8 +78,7 @@ class WaitingQueue:
             sequence.prefix_hit_tokens = lease.hit_tokens
             sequence.timings.scheduled = now
             granted.append(sequence)
-            self._interactive -= sequence.request.interactive
-        self._waiting.remove(granted)
+        self._remove(granted)
         return granted
 
     def next_timeout(self) -> float:
@@ -90,6 +100,5 @@ class WaitingQueue:
                     end_unstarted(sequence, end.reason)
                     ended.append(sequence)
         if ended:
-            self._interactive -= sum(sequence.request.interactive for sequence in ended)
-            self._waiting.remove(ended)
+            self._remove(ended)
         return ended

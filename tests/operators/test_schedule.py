@@ -73,6 +73,38 @@ def test_backpressure_when_many_wait_the_inputs_are_not_read(on_loop, null_engin
     engine.check_nothing_leaks()
 
 
+@pytest.mark.parametrize(
+    ("bound", "most_waiting"),
+    [
+        ({"max_waiting_tokens": 10}, 2),  # prompts of 5 tokens
+        ({"max_waiting_tokens": 11}, 3),
+        ({"max_waiting_blocks": 8}, 4),  # in blocks of 4
+        ({"max_waiting_blocks": 7, "max_waiting_tokens": 1000}, 4),
+        ({"max_waiting_blocks": 7, "max_waiting": 3}, 3),
+    ],
+)
+def test_backpressure_by_the_tokens_and_by_the_kv_blocks_that_wait(on_loop, null_engine, bound, most_waiting):
+    engine = null_engine(scheduler={"max_batch_size": 1})
+    sequences = [engine.sequence([n] * 5, interactive=n == 3) for n in range(12)]
+    sequences[7].request.cancelled = True
+
+    async def main():
+        async with engine.stage(Schedule, **bound) as schedule:
+            for sequence in sequences:
+                await schedule.put(sequence)
+            assert (len(schedule.sent), schedule.taken) == (1, 1 + most_waiting)
+            for sequence in sequences:
+                engine.services.release([sequence.request])
+                await schedule.settled()
+                assert schedule.taken <= len(schedule.sent) + most_waiting
+            assert set(schedule.sent) == set(sequences)
+            waiting = engine.services.waiting
+            assert (waiting.tokens, waiting.blocks, waiting.next_timeout()) == (0, 0, float("inf"))
+
+    on_loop(main)
+    engine.check_nothing_leaks()
+
+
 def test_what_can_never_fit_is_rejected_and_the_others_pass(on_loop, null_engine):
     engine = null_engine(scheduler={"max_batch_size": 4})
     good = engine.sequence([1, 2, 3])
