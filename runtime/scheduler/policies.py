@@ -222,7 +222,7 @@ class FairShare:
         self._queues: dict[str, FirstComeFirstServed] = {}  # of the tenants that wait
         self._accounts: dict[str, _Account] = {}
         self._level = 0.0  # what the tenant of the latest grant had been served
-        self._lock = Lock()  # around the accounts and the level
+        self._lock = Lock()  # around the accounts, the level and what decides whether an account is closed
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -258,8 +258,8 @@ class FairShare:
         for tenant, gone in by_tenant.items():
             self._queues[tenant].remove(gone)
             if not len(self._queues[tenant]):
-                del self._queues[tenant]
                 with self._lock:
+                    del self._queues[tenant]
                     self._close_if_even(tenant)
 
     def rank(self, sequence: Sequence) -> float:

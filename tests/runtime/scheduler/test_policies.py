@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from queue import SimpleQueue
+from threading import Thread
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -245,6 +247,36 @@ def test_tenants_that_are_gone_are_forgotten(bench):
         b.offer(asked(b, [n % 250] * 4, tenant=f"visitor {n}"))
         b.run()
     assert len(b.leases.policy._accounts) <= 1
+
+
+def test_leases_come_back_on_another_thread(bench):
+    b = bench(policy="fair_share")
+    policy, running = b.leases.policy, SimpleQueue()
+    failures = []
+
+    def settle_all():
+        try:
+            for sequence in iter(running.get, None):
+                policy.settle(sequence, used=True)
+        except Exception as error:
+            failures.append(error)
+
+    worker = Thread(target=settle_all)
+    worker.start()
+    chosen = random.Random(3)
+    for _ in range(5000):
+        sequence, cancelled = (asked(b, [1], tenant=chosen.choice("ab")) for _ in range(2))
+        policy.add(sequence)
+        policy.charge(sequence)
+        policy.remove([sequence])
+        policy.add(cancelled)
+        running.put(sequence)
+        policy.remove([cancelled])
+    running.put(None)
+    worker.join()
+    assert not failures
+    assert not len(policy)
+    assert not any(account.promised for account in policy._accounts.values())
 
 
 def test_a_sequence_that_is_cancelled_or_behind_a_prefix_keeps_nobody(bench):
