@@ -42,6 +42,8 @@ class Schedule(Operator[ScheduleConfig]):
     A prompt whose prefix is being computed right now waits for it rather than compute it twice. Cancelled sequences
     and those past a timeout leave at once, ended, and later stages pass them on. What can never fit is rejected.
 
+    When the run is being ended (SIGTERM), lines of a file that have no lease yet end here, for the next run to compute.
+
     Guarantee: every sequence leaves exactly once, on `out` or `error`; granted in the policy's order, by default that
     of arrival, except behind a prefix that is being computed.
     """
@@ -95,6 +97,8 @@ class Schedule(Operator[ScheduleConfig]):
 
     async def _grant(self, out: Outlet) -> None:
         while True:
+            if self.context.engine.lets_go:
+                out.drop(self._waiting.take_lines(self.context.ledger.is_copied))
             passing: list[Sequence] = self._waiting.take_ended() + self._waiting.take_granted()
             if not self._is_full():
                 self._room.set()

@@ -45,6 +45,7 @@ class EngineServices:
 
     def __init__(self, config: SageLLMConfig) -> None:
         self.config = config
+        self.lets_go = False  # see `let_go`
 
     @cached_property
     def model(self) -> ResolvedModel:
@@ -190,15 +191,11 @@ class EngineServices:
                 self.worker.cancel(requests)
             self.worker.on_leases_returned()
 
-    def let_go(self, requests: list[Request]) -> None:
-        """End the lines of a file that have no lease yet: the next run computes them, and nobody waits for them now."""
-        if "worker" not in self.__dict__:
-            return
-        for request in requests:
-            from_file = request.src is not None and request.src.fingerprint
-            if from_file and not self.leases.carries(request) and not self.worker.has(request):
-                request.cancelled = True
-        self.worker.on_leases_returned()
+    def let_go(self) -> None:
+        """From now on lines of a file that have no lease are let go: the next run computes them, and nobody waits."""
+        self.lets_go = True
+        if "worker" in self.__dict__:
+            self.worker.on_leases_returned()
 
     def release(self, requests: list[Request]) -> None:
         """Take back the leases of requests that ended outside the worker."""

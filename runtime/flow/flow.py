@@ -53,12 +53,11 @@ class Flow:
         ledger: Ledger,
         max_error_ratio: float | None = None,
         cancel: Callable[[list[Request]], None] | None = None,
-        let_go: Callable[[list[Request]], None] | None = None,
+        on_drained: Callable[[], None] | None = None,
     ) -> None:
         """Make the operators and connect them.
 
-        `cancel` ends requests wherever they are; `let_go` is told everything in flight when the flow is drained, and
-        may cancel what need not be finished.
+        `cancel` ends requests wherever they are; `on_drained` is called when the sources have been stopped.
 
         Raises:
             ConfigError: an edge names an operator that is not there or takes no input, the edges form a cycle, or
@@ -67,7 +66,7 @@ class Flow:
         self.ledger = ledger
         self._max_error_ratio = max_error_ratio
         self._cancel = cancel or _mark_cancelled
-        self._let_go = let_go
+        self._on_drained = on_drained
         self._order = _topological(factories, edges)
         self._supervisors = self._connect(factories, edges)
         self._scope: anyio.CancelScope | None = None
@@ -122,14 +121,14 @@ class Flow:
     # -- from outside, on the flow's own event loop --------------------------------------------------------------------
 
     def drain(self, reason: str) -> None:
-        """Stop the sources and finish what is in flight, but for what is let go."""
+        """Stop the sources and finish what is in flight."""
         if self._drain_reason is None:
             log.info("draining: %s", reason)
             self._drain_reason = reason
             for supervisor in self._supervisors.values():
                 supervisor.drain()
-            if self._let_go is not None:
-                self._let_go(self.ledger.open_requests())
+            if self._on_drained is not None:
+                self._on_drained()
 
     def abort(self, reason: str) -> None:
         """Stop at once; what is in flight ends as cancelled and `run` raises."""

@@ -55,7 +55,11 @@ def outcome_of(record: Record) -> Outcome:
         return worst
     if isinstance(record, DeadLetter):
         return Outcome.CANCELLED if record.request is not None and record.request.cancelled else Outcome.ERROR
-    return Outcome.ERROR if isinstance(record, Sequence) and record.error is not None else Outcome.DONE
+    if isinstance(record, Sequence):
+        if record.error is not None:
+            return Outcome.ERROR
+        return Outcome.CANCELLED if record.request.cancelled else Outcome.DONE
+    return Outcome.DONE
 
 
 def endings_of(records: Iterable[Record]) -> Settled:
@@ -218,10 +222,9 @@ class Ledger:
         """Whether the request is in flight."""
         return self._open.get(id(request)) is request or id(request) in self._branches
 
-    def open_requests(self) -> list[Request]:
-        """Everything in flight; of a copied request each Request object."""
-        whole = [entry for entry in self._open.values() if isinstance(entry, Request)]
-        return whole + [branch.request for branch in self._branches.values()]
+    def is_copied(self, request: Request) -> bool:
+        """Whether more records than one carry the request, or have."""
+        return id(request) in self._branches
 
     def fail_all(self, outcome: Outcome = Outcome.ERROR) -> None:
         """Everything in flight ends: the flow is gone."""

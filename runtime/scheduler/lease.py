@@ -202,10 +202,6 @@ class LeaseBook:
         """The worker has the sequence: from here on it gives the lease back. False if it was reclaimed on the way."""
         return self._in_transit.pop(id(sequence.request), None) is not None
 
-    def carries(self, request: Request) -> bool:
-        """Whether the request has a lease that the worker has not seen yet."""
-        return id(request) in self._in_transit
-
     @property
     def any_in_transit(self) -> bool:
         """Whether blocks belong to a lease whose sequence has not reached the worker, or never will."""

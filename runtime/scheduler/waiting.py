@@ -9,6 +9,9 @@ from ...records import Choice, FinishReason, Sequence
 from .timeouts import NEVER
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...records import Request
     from .lease import LeaseBook
     from .timeouts import Timeouts
 
@@ -86,6 +89,21 @@ class WaitingQueue:
         if not self._interactive:
             return float("inf")
         return min(map(self._timeouts.end_of_waiting, self._waiting), default=NEVER).at
+
+    def take_lines(self, is_copied: Callable[[Request], bool]) -> list[Sequence]:
+        """Remove, as cancelled, the lines of files: another run can compute them. Copies, which end alike, stay."""
+        lines = [
+            sequence
+            for sequence in self._waiting
+            if sequence.request.src is not None
+            and sequence.request.src.fingerprint
+            and not is_copied(sequence.request)
+        ]
+        for sequence in lines:
+            sequence.request.cancelled = True
+            end_unstarted(sequence, FinishReason.CANCELLED)
+        self._remove(lines)
+        return lines
 
     def take_ended(self) -> list[Sequence]:
         """Remove and finish what was cancelled or has waited too long."""

@@ -116,10 +116,6 @@ class Worker:
         if resident and self.failure is None:
             self._put(self._reclaim, resident)
 
-    def has(self, request: Request) -> bool:
-        """Whether the request holds a lease here."""
-        return id(request) in self._resident
-
     def _put(self, handler: Callable[[Any], None], argument: Any) -> None:
         with self._wakeup:  # what gets into the inbox before `abandon` is answered by it
             if self.failure is not None:

@@ -227,6 +227,20 @@ def test_a_signal_lets_lines_go_that_have_not_had_their_turn(shell):
     assert not (shell.folder / "dead.jsonl").read_text()
 
 
+def test_lines_that_are_let_go_reach_no_other_output_either(shell):
+    shell.write(200, tokens=300)
+    shown = FILES.replace("write: {type: jsonl_sink, path: out.jsonl}", "write: {type: stdout_sink}")
+    (shell.folder / "answers.yaml").write_text(shown)
+    with shell.start("answers.yaml", "--set=engine.scheduler.max_batch_size=2") as process:
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate()
+    results = [json.loads(line) for line in (first + rest).splitlines()]
+    assert process.returncode == 0
+    assert len(results) < 150
+    assert {result["finish_reason"] for result in results} == {"length"}
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_while_the_model_loads_ends_the_run_at_once(shell, name):
     shell.write(3)
