@@ -20,7 +20,7 @@ from .result_format import dump_line
 
 if TYPE_CHECKING:
     from ...runtime.flow.operator import OperatorContext, Outlet
-    from ...runtime.flow.resume import ResumeIndex
+    from ...runtime.flow.resume import LineSet, ResumeIndex
 
 
 class JsonlSinkConfig(OperatorConfig):
@@ -64,7 +64,8 @@ edges:
         self._fd = -1
         self._size = 0
         self._syncer: IntervalSync | None = None
-        self._before: ResumeIndex | None = None  # what earlier runs wrote
+        self._before: ResumeIndex | None = None  # what earlier runs wrote, not failed instances of this one
+        self._lines_before: dict[tuple[str, str], LineSet] = {}  # of it, by input
 
     async def open(self) -> None:
         """Lock the file, drop a torn last line, publish the finished lines.
@@ -129,12 +130,18 @@ edges:
         if self.config.fsync == "interval":
             self._syncer = IntervalSync(self._fd)
         self.context.resume.publish(finished, self.context.name)
-        self._before = finished if any(finished) else None
+        self._before = self.context.kept.setdefault("before", finished)
 
     def _stands_already(self, record: Completion | DeadLetter) -> bool:
         """Whether an earlier run wrote that line here, but not everywhere, so that it was computed again."""
         src = record.src if isinstance(record, DeadLetter) else record.request.src
-        return self._before is not None and src is not None and self._before.holds(src.file, src.fingerprint, src.line)
+        if src is None or self._before is None:
+            return False
+        key = (src.file, src.fingerprint)
+        if key not in self._lines_before:
+            names = self._before.names_of(src.file, src.fingerprint, self.context.base_dir)
+            self._lines_before[key] = self._before.lines_of(names, src.fingerprint)
+        return src.line in self._lines_before[key]
 
     def _write(self, data: bytes) -> None:
         rest = memoryview(data)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ...errors import ConfigError, SourceChangedError
 from ...runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
-from ...runtime.flow.resume import SentLines
+from ...runtime.flow.resume import LineSet, SentLines, is_same_file
 from .fingerprint import fingerprint_file, fingerprinted_size
 from .lines import LineSplitter
 from .read_lines import read_requests
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from ...runtime.flow.operator import OperatorContext, Outlet
-    from ...runtime.flow.resume import FinishedLines, LineSet
+    from ...runtime.flow.resume import FinishedLines
     from .lines import Line
 
 _CHUNK_BYTES = 1 << 18
@@ -72,7 +72,7 @@ edges:
         self.skipped_lines = 0  # finished by earlier runs
         self._fd = -1
         self._fingerprint = ""
-        self._finished: list[LineSet] = []
+        self._finished = LineSet()
 
     async def open(self) -> None:
         """Open the file and learn what of it is finished; sinks are open by now.
@@ -119,7 +119,7 @@ edges:
             self._fd = -1
 
     async def _send(self, lines: list[Line], out: Outlet) -> None:
-        pending = [line for line in lines if not any(line.number in done for done in self._finished)]
+        pending = [line for line in lines if line.number not in self._finished]
         self.skipped_lines += len(lines) - len(pending)
         sent = self.context.resume.sent
         already = sent.get(self.context.name)
@@ -135,27 +135,17 @@ edges:
             if letters:
                 await out.reject(letters)
 
-    def _find_finished(self) -> list[LineSet]:
+    def _find_finished(self) -> LineSet:
         """The finished lines of this file, under every name that it had in earlier runs."""
         already = self.context.resume.sent.get(self.context.name)
         if already is not None and already.fingerprint != self._fingerprint:
             raise SourceChangedError(self._explain_change_while_read())
-        fingerprint = self._fingerprint
-        finished = []
-        for entry in self.context.resume:
-            if entry.fingerprint == fingerprint and self._may_be_this_file(entry.file):
-                finished.append(self.context.resume.lines_finished(self.context.name, entry.file, fingerprint))
-            elif entry.fingerprint != fingerprint and self._is_this_file(entry.file):
+        resume, base_dir, path = self.context.resume, self.context.base_dir, self.config.path
+        for entry in resume:
+            if entry.fingerprint != self._fingerprint and is_same_file(base_dir, entry.file, path):
                 raise SourceChangedError(self._explain_change(entry))
-        return finished
-
-    def _is_this_file(self, recorded: str) -> bool:
-        other = self.context.base_dir / recorded
-        return recorded == self.config.path or (other.exists() and other.samefile(self.path))
-
-    def _may_be_this_file(self, recorded: str) -> bool:
-        """Of the same content: this file, or one that is gone, so that it has been renamed; a copy is another file."""
-        return self._is_this_file(recorded) or not (self.context.base_dir / recorded).exists()
+        names = resume.names_of(path, self._fingerprint, base_dir)
+        return resume.lines_finished(self.context.name, names, self._fingerprint)
 
     def _explain_change(self, entry: FinishedLines) -> str:
         outputs = " and ".join(sorted(entry.outputs))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
+    from pathlib import Path
 
     from ...graph.pipeline import Edge
 
@@ -60,6 +61,12 @@ class SentLines:
     last_line: int
 
 
+def is_same_file(base_dir: Path, recorded: str, path: str) -> bool:
+    """Whether two ways to write a path lead to the same file."""
+    other = base_dir / recorded
+    return recorded == path or (other.exists() and other.samefile(base_dir / path))
+
+
 class ResumeIndex:
     """The finished lines of every input of a flow. One object for all operators of a flow.
 
@@ -84,10 +91,26 @@ class ResumeIndex:
             found = self._inputs[key] = FinishedLines(file, fingerprint)
         return found
 
-    def holds(self, file: str, fingerprint: str, line: int) -> bool:
-        """Whether that line stands in any output."""
-        found = self._inputs.get((file, fingerprint))
-        return found is not None and line in found.lines
+    def lines_of(self, files: Collection[str], fingerprint: str) -> LineSet:
+        """The lines that stand in any output, of an input that goes by these names."""
+        lines = LineSet()
+        for file in files:
+            if (file, fingerprint) in self._inputs:
+                lines.update(self._inputs[file, fingerprint].lines)
+        return lines
+
+    def names_of(self, path: str, fingerprint: str, base_dir: Path) -> list[str]:
+        """Under which names the outputs know the input at `path` with that content.
+
+        Another name is the same input's if it leads to the same file, or to none: then the file was renamed. A copy
+        that is still there is another input.
+        """
+        return [
+            entry.file
+            for entry in self
+            if entry.fingerprint == fingerprint
+            and (is_same_file(base_dir, entry.file, path) or not (base_dir / entry.file).exists())
+        ]
 
     def publish(self, finished: ResumeIndex, sink: str) -> None:
         """Add what one output, which the sink of that name writes, holds."""
@@ -97,22 +120,22 @@ class ResumeIndex:
             ours.lines.update(theirs.lines)
             ours.outputs |= theirs.outputs
 
-    def lines_finished(self, source: str, file: str, fingerprint: str) -> LineSet:
-        """The lines of an input that the source of that name need not send again."""
-        found = self._lines_behind(source, file, fingerprint, {})
-        return self.entry(file, fingerprint).lines if found is None else found
+    def lines_finished(self, source: str, files: Collection[str], fingerprint: str) -> LineSet:
+        """The lines of an input, which goes by these names, that the source of that name need not send again."""
+        found = self._lines_behind(source, files, fingerprint, {})
+        return self.lines_of(files, fingerprint) if found is None else found
 
     def _lines_behind(
-        self, name: str, file: str, fingerprint: str, known: dict[str, LineSet | None]
+        self, name: str, files: Collection[str], fingerprint: str, known: dict[str, LineSet | None]
     ) -> LineSet | None:
         """None where no edge leads to an output."""
         if name in known:
             return known[name]
         ways: list[LineSet] = []
         if name in self._outputs:
-            ways = [self._outputs[name].entry(file, fingerprint).lines]
+            ways = [self._outputs[name].lines_of(files, fingerprint)]
         for targets in self._ways.get(name, {}).values():
-            behind = [self._lines_behind(target, file, fingerprint, known) for target in targets]
+            behind = [self._lines_behind(target, files, fingerprint, known) for target in targets]
             copies = [lines for lines in behind if lines is not None]
             if copies:
                 ways.append(LineSet())

@@ -200,7 +200,7 @@ def test_100_000_lines_in_bounded_memory(tmp_path):
 # Copies to several files
 
 
-async def run_tee(folder, between=None):
+async def run_tee(folder, path="in.jsonl"):
     """in.jsonl -> a.jsonl and, from the same port, b.jsonl; returns how many requests were computed."""
     ledger = Ledger()
     edges = [Edge("source", "out", "shuffle", "in"), Edge("source", "error", "dead", "in")]
@@ -213,7 +213,7 @@ async def run_tee(folder, between=None):
 
     Shuffle.seed, Shuffle.drain_after, Shuffle.computed = None, float("inf"), 0
     factories = {
-        "source": make(JsonlSource, "source", path="in.jsonl"),
+        "source": make(JsonlSource, "source", path=path),
         "shuffle": make(Shuffle, "shuffle"),
         **{name: make(JsonlSink, name, path=f"{name}.jsonl", fsync="never") for name in ("a", "b", "dead")},
     }
@@ -230,9 +230,10 @@ def test_a_copy_that_a_kill_kept_from_one_file_is_written_there_by_the_next_run_
     for name, kept in (("a", 70), ("b", 40)):
         output = tmp_path / f"{name}.jsonl"
         output.write_text("".join(output.read_text().splitlines(keepends=True)[:kept]))
-    assert anyio.run(run_tee, tmp_path) == 50
+    (tmp_path / "in.jsonl").rename(tmp_path / "renamed.jsonl")
+    assert anyio.run(run_tee, tmp_path, "./renamed.jsonl") == 50
     assert {name: sorted(numbers(tmp_path / f"{name}.jsonl")) for name in expected} == expected
-    assert anyio.run(run_tee, tmp_path) == 0
+    assert anyio.run(run_tee, tmp_path, "renamed.jsonl") == 0
 
 
 def test_which_lines_are_finished_follows_ports_and_edges():
@@ -245,7 +246,7 @@ def test_which_lines_are_finished_follows_ports_and_edges():
             for line in lines:
                 written.entry("in", "f").lines.add(line)
             index.publish(written, name)
-        lines = index.lines_finished("source", "in", "f")
+        lines = index.lines_finished("source", ["in"], "f")
         return [line for line in range(10) if line in lines]
 
     assert finished([], a=[1], b=[2]) == [1, 2]

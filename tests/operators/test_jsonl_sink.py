@@ -12,7 +12,7 @@ import pytest
 
 from sageLLM.errors import ConfigError, OutputLockedError
 from sageLLM.operators.sinks import interval_sync, jsonl_sink
-from sageLLM.operators.sinks.jsonl_sink import JsonlSink
+from sageLLM.operators.sinks.jsonl_sink import JsonlSink, JsonlSinkConfig
 from sageLLM.records import (
     Choice,
     DeadLetter,
@@ -104,6 +104,22 @@ def test_what_stands_in_the_file_is_kept_and_published(write, make_completion, m
     (entry,) = index
     assert (entry.file, entry.fingerprint, entry.outputs) == ("in.jsonl", "f-9", {"out.jsonl"})
     assert [n for n in range(10) if n in entry.lines] == [2, 5]
+
+
+def test_the_instance_after_a_failed_one_takes_nothing_of_this_run_for_an_earlier_one(
+    make_completion, make_context, tmp_path
+):
+    context = make_context()
+
+    async def two_instances():
+        for _ in range(2):
+            sink = JsonlSink(JsonlSinkConfig(path="out.jsonl"), context)
+            await sink.open()
+            await sink.process([make_completion(line=1)], None)  # two copies of a line may go to one file
+            await sink.close()
+
+    anyio.run(two_instances)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("torn", [b'{"request_id":"q9","te', b'{"req', b"{", b"\0\0\0", b'{"src":\0\0'])
