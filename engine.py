@@ -72,19 +72,22 @@ class GenerateRequest:
         fields = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
         fields["request_id"] = self.request_id or None
         fields["stop"] = fields.pop("stop_sequences")
-        if self.prompt_tokens is not None and not isinstance(self.prompt_tokens, list):
-            fields["prompt_tokens"] = _to_ids(self.prompt_tokens)
+        for name in ("prompt_tokens", "stop_token_ids"):
+            if fields[name] is not None:
+                fields[name] = _to_ids(name, fields[name])
+        if isinstance(fields["stop"], tuple):
+            fields["stop"] = [*fields["stop"]]
         request = request_from_fields(fields, uuid.uuid4().hex)
         request.stream, request.interactive = stream, True
         return request
 
 
-def _to_ids(tokens: Any) -> list[int]:
-    """Token ids from whatever holds integers: a tuple, an array, a tensor."""
+def _to_ids(name: str, tokens: Any) -> list[int]:
+    """Token ids from whatever holds integers: a list, a tuple, an array, a tensor."""
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:
-        raise RequestError(f"prompt_tokens: found {tokens!r:.60}, write a list of token ids") from error
+        raise RequestError(f"{name}: found {tokens!r:.60}, write a list of token ids") from error
 
 
 @dataclass(slots=True)

@@ -20,11 +20,17 @@ def memory_bytes() -> tuple[int, int]:
         free = total
     try:
         limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii")) - _page_cache()
     except (OSError, ValueError):  # no control group, or "max": no limit
         return free, total
     total = min(total, limit)
     return max(0, min(free, total - used)), total
+
+
+def _page_cache() -> int:
+    """Bytes of files that the kernel keeps in memory and charges to the group, but gives back on demand."""
+    stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+    return int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
 
 
 def cpu_quota() -> int | None:

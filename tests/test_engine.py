@@ -115,7 +115,7 @@ def test_a_field_of_a_wrong_type_or_value_fails_its_request_alone(engine, fields
 
 def test_prompt_tokens_may_be_whatever_holds_integers(engine):
     expected = engine.generate(ask([5, 6, 7])).output_tokens
-    for tokens in ((5, 6, 7), np.array([5, 6, 7]), np.array([5, 6, 7], np.int32)):
+    for tokens in ((5, 6, 7), np.array([5, 6, 7]), list(np.array([5, 6, 7], np.int32))):
         assert engine.generate(ask(tokens)).output_tokens == expected
 
 
