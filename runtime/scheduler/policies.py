@@ -210,8 +210,10 @@ class FairShare:
     """The tenant that has the least, by tokens served and promised and divided by its weight, is next.
 
     Tenants without a weight have 1. A lease promises its prompt and `max_new_tokens`; when it comes back, what was
-    computed has been served. A tenant that comes back after a while starts at the level where the others are: idling
-    earns no credit. When KV blocks run out the tenant that has most gives way.
+    computed has been served. A tenant that comes, or comes back after a while, starts at the level where the others
+    are: idling earns no credit. What is served raises the level by an equal share for each tenant that waits or runs,
+    so that who waits on is not passed by new tenants for ever. When KV blocks run out the tenant that has most gives
+    way.
 
     These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
     Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.
@@ -221,8 +223,9 @@ class FairShare:
         self._weights = weights
         self._queues: dict[str, FirstComeFirstServed] = {}  # of the tenants that wait
         self._accounts: dict[str, _Account] = {}
-        self._level = 0.0  # what the tenant of the latest grant had been served
-        self._lock = Lock()  # around the accounts, the level and what decides whether an account is closed
+        self._level = 0.0  # at least what the tenant of the latest grant had been served
+        self._present_weight = 0.0  # of the tenants that wait or have leases out
+        self._lock = Lock()  # around the accounts, the level and which tenants wait
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -233,9 +236,11 @@ class FairShare:
     def add(self, sequence: Sequence) -> None:
         tenant = sequence.request.tenant
         if tenant not in self._queues:
-            self._queues[tenant] = FirstComeFirstServed()
             with self._lock:
+                self._queues[tenant] = FirstComeFirstServed()
                 account = self._accounts.setdefault(tenant, _Account(self._level))
+                if not account.promised:
+                    self._present_weight += self._weight(tenant)
                 account.served = max(account.served, self._level)
         self._queues[tenant].add(sequence)
 
@@ -260,7 +265,7 @@ class FairShare:
             if not len(self._queues[tenant]):
                 with self._lock:
                     del self._queues[tenant]
-                    self._close_if_even(tenant)
+                    self._leave_if_done(tenant)
 
     def rank(self, sequence: Sequence) -> float:
         return self._had(sequence.request.tenant)
@@ -279,15 +284,20 @@ class FairShare:
             if used:
                 prompt = len(sequence.prompt_tokens) - sequence.prefix_hit_tokens
                 output = sum(len(choice.output_tokens) for choice in sequence.choices)
-                account.served += (prompt + _OUTPUT_PRICE * output) / self._weight(tenant)
+                cost, weight = prompt + _OUTPUT_PRICE * output, self._weight(tenant)
+                account.served += cost / weight
+                self._level += cost / max(self._present_weight, weight)  # the sum is a rounded one
             if not self._queues:  # what anybody was served now is at nobody's expense
                 self._level = max(self._level, account.served)
-            self._close_if_even(tenant)
+            self._leave_if_done(tenant)
 
-    def _close_if_even(self, tenant: str) -> None:
-        """Forget a tenant that would start where it stands."""
-        account = self._accounts[tenant]
-        if tenant not in self._queues and not account.promised and account.served <= self._level:
+    def _leave_if_done(self, tenant: str) -> None:
+        """A tenant that neither waits nor runs is absent; forget it, if it would start where it stands."""
+        account = self._accounts.get(tenant)
+        if account is None or account.promised or tenant in self._queues:
+            return
+        self._present_weight -= self._weight(tenant)
+        if account.served <= self._level:
             del self._accounts[tenant]
 
     def _had(self, tenant: str) -> float:

@@ -241,6 +241,25 @@ def test_idling_earns_no_credit(bench):
     assert tenants.count("back") in (5, 6)
 
 
+def test_new_tenants_that_keep_coming_starve_nobody(bench):
+    """Two of them wait at any time, so what waits longest never has least by itself."""
+    b = bench(policy="fair_share", max_batch_size=4, queue_timeout_s=0, commit=False)
+    b.offer(*(asked(b, [n] * 4, tenant="steady") for n in range(10)))
+    tenants, fresh = [], 0
+    for _ in range(400):
+        while sum(sequence.request.tenant != "steady" for sequence in b.waiting._waiting) < 2:
+            b.offer(asked(b, [fresh % 250] * 4, 3 + fresh % 4, f"new {fresh}"))
+            fresh += 1
+        granted = b.waiting.take_granted()
+        tenants += [sequence.request.tenant for sequence in granted]
+        if granted:
+            b.worker.submit_prefill(granted)
+        b.worker.step()
+    turns = [turn for turn, tenant in enumerate(tenants) if tenant == "steady"]
+    assert len(turns) == 10
+    assert turns[-1] < 100
+
+
 def test_tenants_that_are_gone_are_forgotten(bench):
     b = bench(policy="fair_share", max_batch_size=4)
     for n in range(300):
