@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, overload
 
 import anyio
@@ -186,6 +187,7 @@ class SageLLMEngine:
         try:
             anyio.run(self._serve)
         except BaseException as error:
+            clear_frames(error.__traceback__)  # a caller may keep the error, but not the weights with it
             reason = f"the engine failed: {_first_cause(error)} (initialize() starts it afresh)"
             if not self._started.done():
                 self._started.set_exception(error)

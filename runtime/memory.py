@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _BOOKS_PER_BLOCK = 12  # owners, tree and free list of kv_runtime/pool.py, int32
 _SLOT_BYTES = 512  # every column of a slot that is one value: resident.py, sampling.py and lease.py have some forty
+_KEPT = 10  # one part in so many of what is free is left to the steps' own tensors
 _MOST_BLOCKS = 2**31 - 1  # their ids are int32
 
 
@@ -23,7 +24,8 @@ def check_slots(max_batch_size: int, max_seq_len: int, block_size: int) -> None:
     """
     bytes_each = _SLOT_BYTES + 4 * (max_seq_len + -(-max_seq_len // block_size))
     free = memory_bytes()[0]
-    _refuse_above("scheduler.max_batch_size", max_batch_size, free // bytes_each, max_batch_size * bytes_each, free)
+    most = _usable(free) // bytes_each
+    _refuse_above("scheduler.max_batch_size", max_batch_size, most, max_batch_size * bytes_each, free)
 
 
 def check_kv_pool(kv: KVCacheConfig, block_bytes: int, free: int) -> None:
@@ -34,8 +36,12 @@ def check_kv_pool(kv: KVCacheConfig, block_bytes: int, free: int) -> None:
     """
     bytes_each = block_bytes + _BOOKS_PER_BLOCK
     needed = kv.max_tokens // kv.block_size * bytes_each
-    most = min(free // bytes_each, _MOST_BLOCKS) * kv.block_size
+    most = min(_usable(free) // bytes_each, _MOST_BLOCKS) * kv.block_size
     _refuse_above("kv_cache.max_tokens", kv.max_tokens, most, needed, free)
+
+
+def _usable(free: int) -> int:
+    return free - free // _KEPT
 
 
 def _refuse_above(option: str, found: int, most: int, needed: int, free: int) -> None:

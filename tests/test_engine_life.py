@@ -10,7 +10,8 @@ from concurrent.futures import Future
 import pytest
 
 from sageLLM import GenerateRequest, ModelConfig, SageLLMConfig, SageLLMEngine
-from sageLLM.errors import EngineClosedError, FlowError, NotAvailableError, RequestError
+from sageLLM.errors import ConfigError, EngineClosedError, FlowError, NotAvailableError, RequestError
+from sageLLM.models import weights
 from sageLLM.operators.sinks.call_sink import CallSink
 from sageLLM.runtime.services import EngineServices
 
@@ -183,3 +184,24 @@ def test_after_shutdown_no_thread_and_no_memory_is_left():
     assert weights() is None
     left = [thread.name for thread in threading.enumerate() if thread not in before]
     assert not [name for name in left if name.startswith("sagellm")]
+
+
+def test_an_engine_that_could_not_be_built_keeps_no_weights(monkeypatch):
+    """Also while somebody keeps the error."""
+    loaded = []
+    load_model = weights.load_model
+
+    def remember(*arguments):
+        model = load_model(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(weights, "load_model", remember)
+    engine = SageLLMEngine(
+        SageLLMConfig(model=ModelConfig(model_id="builtin:pydoc-tiny"), kv_cache={"max_tokens": 10**11})
+    )
+    with pytest.raises(ConfigError, match="write at most") as kept:
+        engine.initialize()
+    gc.collect()
+    assert loaded[0]() is None
+    assert kept.value is not None
