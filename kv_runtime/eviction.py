@@ -37,6 +37,9 @@ class EvictionPolicy(Protocol):
     def victim(self) -> Node | None:
         """Return the listed leaf to give up first, None if there is none; it stays listed."""
 
+    def trim(self, node: Node) -> None:
+        """The victim gives blocks; a victim that is parked instead gives none."""
+
     def clear(self) -> None:
         """Forget every node."""
 
@@ -91,6 +94,9 @@ class LRUEviction:
                 return node
             del recency[node]
         return None
+
+    def trim(self, node: Node) -> None:
+        pass
 
     def clear(self) -> None:
         self._recency.clear()
@@ -163,9 +169,11 @@ class GreedyDualEviction:
             elif priority < self._priority(node):
                 heapq.heapreplace(heap, self._entry(node))
             else:
-                self._clock = priority
                 return node
         return None
+
+    def trim(self, node: Node) -> None:
+        self._clock = max(self._clock, self._priority(node))  # one that was parked meanwhile may be below the clock
 
     def clear(self) -> None:
         self._heap.clear()

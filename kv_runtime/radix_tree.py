@@ -181,6 +181,7 @@ class RadixTree:
         while missing and (node := self._policy.victim()):
             unowned = owners.count_trailing_zeros(node.blocks[-missing:])
             if unowned:
+                self._policy.trim(node)
                 if unowned == node.blocks.size:
                     self._policy.unlist(node)
                 self._trim(node, unowned)

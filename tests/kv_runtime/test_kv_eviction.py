@@ -129,6 +129,28 @@ def test_what_was_once_used_often_ages(tokens, store, cached_length, eviction):
     assert cached_length(cache, tokens(8)) == 0
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("eviction", KVEviction)
+def test_the_ranking_holds_when_blocks_are_released_late(eviction, seed):
+    rng = np.random.default_rng(seed)
+    cache = KVCache(48, 4, policy=make_eviction_policy(eviction, attention_parity=8))
+    held = []
+    for _ in range(400):
+        prompt = np.append(np.full(4 * rng.integers(1, 4), rng.integers(3)), rng.integers(0, 2, 8)).astype(np.int32)
+        found = cache.match(prompt, ANYONE, prompt.size)
+        whole = found.tokens // 4
+        fresh = cache.allocate(prompt.size // 4 - whole)
+        if found.tokens % 4:
+            cache.release(found.blocks[whole:])
+        blocks = found.blocks[:whole] if fresh is None else np.append(found.blocks[:whole], fresh)
+        if fresh is not None:
+            cache.commit(prompt, blocks, ANYONE)
+        held.append(blocks)
+        while len(held) > 6 or (held and rng.random() < 0.3):
+            cache.release(held.pop(rng.integers(len(held))))
+        cache.check_integrity(held)
+
+
 def test_committing_is_no_more_frequent_use(tokens, store, cached_length):
     cache = KVCache(6, 4, policy=make_eviction_policy(KVEviction.LFU))
     computed, reused = tokens(8), tokens(8, 100)

@@ -45,6 +45,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.kv = {}  # (block, offset) -> (namespace, tokens up to and including that position)
         self.committed = {}  # namespace -> every prefix ever committed
         self.owners = []
+        self.held = []  # blocks of matches that are released late
         self.lossless = True  # nothing was evicted yet, so every committed prefix must be found
         self.hits = self.hit_tokens = self.queries = self.queried = self.inserted = 0
 
@@ -178,10 +179,24 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.retain(found.blocks)
         self.cache.release(np.concatenate([found.blocks, found.blocks]))
 
+    @rule(data=st.data(), namespace=NAMESPACES)
+    def look_and_hold(self, data, namespace):
+        known = sorted(self.committed.get(namespace, ())) or [(0,)]
+        tokens = list(data.draw(st.sampled_from(known)))
+        self.held.append(self.match(tokens, namespace, len(tokens)).blocks)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release_late(self, data):
+        self.cache.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    def owned(self):
+        return [as_tokens(owner.blocks) for owner in self.owners] + self.held
+
     @rule()
     def take_everything(self):
         blocks = self.allocate(self.cache.available())
-        self.cache.check_integrity([as_tokens(owner.blocks) for owner in self.owners] + [blocks])
+        self.cache.check_integrity([*self.owned(), blocks])
         assert self.allocate(1) is None
         self.cache.release(blocks)
 
@@ -219,8 +234,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_balance(self):
-        self.cache.check_integrity(as_tokens(owner.blocks) for owner in self.owners)
-        owned = {block for owner in self.owners for block in owner.blocks}
+        self.cache.check_integrity(self.owned())
+        owned = {block for blocks in self.owned() for block in blocks.tolist()}
         assert self.cache.available() == self.cache.num_blocks - len(owned)
         assert self.cache.usage() == pytest.approx(len(owned) / self.cache.num_blocks)
         stats = self.cache.stats()
@@ -231,8 +246,8 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "cache"):
             return
-        for owner in self.owners:
-            self.cache.release(as_tokens(owner.blocks))
+        for blocks in self.owned():
+            self.cache.release(blocks)
         self.cache.clear()
         assert self.cache.num_free == self.cache.num_blocks
         self.cache.check_integrity([])
