@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .eviction import EvictionPolicy
     from .pool import Int32Array
-    from .radix_tree import Namespace
+    from .radix_tree import Namespace, Node
 
 
 class PrefixMatch(NamedTuple):
@@ -137,7 +137,9 @@ class KVCache:
         tokens = np.asarray(tokens, dtype=np.int32)
         with self._lock:
             self._forget_expired()
-            found = self._find(tokens, namespace, limit, record)
+            found, last = self._find(tokens, namespace, limit)
+            if last and record:
+                self._tree.use(last, found.tokens, hit=True)
             if found.tokens:
                 self._pool.retain(found.blocks)
             if record:
@@ -148,10 +150,11 @@ class KVCache:
         if self._expires:
             self._evicted_blocks += self._tree.forget_expired()
 
-    def _find(self, tokens: Int32Array, namespace: Namespace, limit: int, touch: bool) -> PrefixMatch:
+    def _find(self, tokens: Int32Array, namespace: Namespace, limit: int) -> tuple[PrefixMatch, Node | None]:
         if self.shares_prefixes and limit > 0:
-            return PrefixMatch(*self._tree.match(tokens[:limit], namespace, touch))
-        return NO_MATCH
+            length, blocks, last = self._tree.match(tokens[:limit], namespace)
+            return PrefixMatch(length, blocks), last
+        return NO_MATCH, None
 
     def _count_query(self, tokens: Int32Array, hit: int) -> None:
         self._queries += 1
@@ -205,14 +208,15 @@ class KVCache:
         """Match and allocate for several prompts, in order, up to the first for which too few blocks exist.
 
         The caller owns one reference on each block. Matches count in the statistics and mark what they hit as just
-        used, as in `match`; what does not fit takes nothing.
+        used, as in `match`; what does not fit takes nothing, and marks what it is to hit without a count.
         """
         if not wants:
             return []
         pool, size = self._pool, self.block_size
         with self._lock:
             self._forget_expired()
-            matches = [self._find(want.tokens, want.namespace, want.limit, touch=True) for want in wants]
+            found = [self._find(want.tokens, want.namespace, want.limit) for want in wants]
+            matches = [match for match, _ in found]
             counts = [
                 -(-want.tokens.size // size) - match.tokens // size + want.spare
                 for want, match in zip(wants, matches, strict=True)
@@ -222,6 +226,9 @@ class KVCache:
                 # A partly covered block takes two while it is copied: a prompt that fills the pool goes without.
                 matches[0] = matches[0].whole_blocks(size)
                 fitting = pool.count_fitting([matches[0].blocks], counts[:1])
+            for index, (match, last) in enumerate(found):
+                if last:
+                    self._tree.use(last, match.tokens, hit=index < fitting)
             pool.retain(np.concatenate([NO_BLOCKS, *(match.blocks for match in matches[:fitting])]))
             fresh = self._take(sum(counts[:fitting]))
             for want, match in zip(wants[:fitting], matches, strict=False):

@@ -96,19 +96,17 @@ class RadixTree:
         self._entered: list[Int32Array] = []  # blocks whose references the pool does not know of
         self._dropped: list[Int32Array] = []
 
-    def match(self, tokens: Int32Array, namespace: Namespace, touch: bool) -> tuple[int, Int32Array]:
-        """Return the length of the longest cached prefix and its blocks, the last of which may be partly covered."""
+    def match(self, tokens: Int32Array, namespace: Namespace) -> tuple[int, Int32Array, Node | None]:
+        """Return the length of the longest cached prefix, its blocks and its last node.
+
+        The last block may be partly covered. What is found is no use yet: that is `use`, of the node.
+        """
         root = self._roots.get(namespace)
         if root is None:
-            return 0, NO_BLOCKS
+            return 0, NO_BLOCKS, None
         path, position = self._walk(root, tokens)
         if not path:
-            return 0, NO_BLOCKS
-        if touch:
-            self._split_unused(path, position)
-            self._policy.hit(path)
-            if self._expiry:
-                self._expiry.touch(path)
+            return 0, NO_BLOCKS, None
         size, node = self._block_size, path[-1]
         first = node.start // size
         parts = [node.blocks[: (position - 1) // size - first + 1]]
@@ -118,7 +116,26 @@ class RadixTree:
             if begin < first:
                 parts.append(node.blocks[: first - begin])
                 first = begin
-        return position, parts[0].copy() if len(parts) == 1 else np.concatenate(parts[::-1])
+        return position, parts[0].copy() if len(parts) == 1 else np.concatenate(parts[::-1]), path[-1]
+
+    def use(self, last: Node, position: int, hit: bool) -> None:
+        """What a match found, up to `position` in the node `last`, is used now; `hit` if it is not to be computed.
+
+        Since the match nodes may have been split, but none may have been removed.
+        """
+        path, node = [], last
+        while node.namespace is None:
+            if node.start < position:
+                path.append(node)
+            node = node.parent
+        path.reverse()
+        self._split_unused(path, position)
+        if hit:
+            self._policy.hit(path)
+        else:
+            self._policy.touch(path)
+        if self._expiry:
+            self._expiry.touch(path)
 
     def count(self, tokens: Int32Array, namespace: Namespace, touch: bool) -> int:
         """Return the length of the longest cached prefix."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sageLLM.kv_runtime import KVCache, KVEviction, make_eviction_policy
+from sageLLM.kv_runtime import KVCache, KVEviction, Want, make_eviction_policy
 
 ANYONE = ("", "")
 
@@ -127,6 +127,35 @@ def test_what_was_once_used_often_ages(tokens, store, cached_length, eviction):
     for new in range(1, 10):
         store(cache, tokens(8, 100 * new))
     assert cached_length(cache, tokens(8)) == 0
+
+
+@pytest.mark.parametrize("eviction", [KVEviction.LFU, KVEviction.COST])
+def test_asking_again_for_what_does_not_fit_is_no_use(tokens, store, cached_length, eviction):
+    cache = KVCache(6, 4, policy=make_eviction_policy(eviction))
+    wanted, used = tokens(8), tokens(8, 100)
+    store(cache, wanted)
+    store(cache, used)
+    use(cache, used)
+    running = cache.allocate(2)
+    for _ in range(5):
+        assert cache.acquire([Want(tokens(24), ANYONE, 23)]) == []
+    cache.allocate(2)
+    assert [cached_length(cache, s) for s in (wanted, used)] == [0, 8]
+    cache.release(running)
+
+
+@pytest.mark.parametrize("eviction", KVEviction)
+def test_of_several_that_are_asked_for_at_once_each_is_used_once(tokens, store, eviction):
+    """Each splits what the one before it has found."""
+    cache = KVCache(32, 4, policy=make_eviction_policy(eviction))
+    store(cache, tokens(32))
+    asked = [np.append(tokens(length), tokens(4, 100 * length)) for length in (20, 8, 28, 3, 20)]
+    got = cache.acquire([Want(prompt, ANYONE, prompt.size - 1) for prompt in asked])
+    assert [match.tokens for match, _ in got] == [20, 8, 28, 3, 20]
+    cache.check_integrity([blocks for match, fresh in got for blocks in (match.blocks, fresh)])
+    if eviction is not KVEviction.LRU:
+        hits = {(node.start, node.end): node.hits for node in cache._tree.nodes()}
+        assert hits == {(0, 3): 5, (3, 8): 4, (8, 20): 3, (20, 28): 1, (28, 32): 0}
 
 
 @pytest.mark.parametrize("seed", range(4))
