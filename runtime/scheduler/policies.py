@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import chain, takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -204,6 +205,7 @@ class _Account:
 
     served: float  # divided by the tenant's weight
     promised: int = 0  # for the leases that are out: the prompt and all the output that there may be
+    remembered: bool = False  # listed to be forgotten once the level has come up to it
 
 
 class FairShare:
@@ -224,6 +226,7 @@ class FairShare:
         self._queues: dict[str, FirstComeFirstServed] = {}  # of the tenants that wait
         self._accounts: dict[str, _Account] = {}
         self._level = 0.0  # at least what the tenant of the latest grant had been served
+        self._remembered: list[tuple[float, str]] = []  # a heap, by what they had been served then
         self._present_weight = 0.0  # of the tenants that wait or have leases out
         self._lock = Lock()  # around the accounts, the level and which tenants wait
 
@@ -273,22 +276,22 @@ class FairShare:
     def charge(self, sequence: Sequence) -> None:
         with self._lock:
             account = self._accounts[sequence.request.tenant]
-            self._level = max(self._level, account.served)
+            self._raise_level(account.served)
             account.promised += _promise(sequence)
 
     def settle(self, sequence: Sequence, used: bool) -> None:
         tenant = sequence.request.tenant
         with self._lock:
             account = self._accounts[tenant]
-            account.promised -= _promise(sequence)
             if used:
                 prompt = len(sequence.prompt_tokens) - sequence.prefix_hit_tokens
                 output = sum(len(choice.output_tokens) for choice in sequence.choices)
                 cost, weight = prompt + _OUTPUT_PRICE * output, self._weight(tenant)
                 account.served += cost / weight
-                self._level += cost / max(self._present_weight, weight)  # the sum is a rounded one
+                self._raise_level(self._level + cost / max(self._present_weight, weight))  # the sum is a rounded one
             if not self._queues:  # what anybody was served now is at nobody's expense
-                self._level = max(self._level, account.served)
+                self._raise_level(account.served)
+            account.promised -= _promise(sequence)  # last: until then nobody forgets the account
             self._leave_if_done(tenant)
 
     def _leave_if_done(self, tenant: str) -> None:
@@ -297,8 +300,25 @@ class FairShare:
         if account is None or account.promised or tenant in self._queues:
             return
         self._present_weight -= self._weight(tenant)
-        if account.served <= self._level:
+        self._forget_or_remember(tenant, account)
+
+    def _forget_or_remember(self, tenant: str, account: _Account) -> None:
+        """Forget an absent tenant that would start where it stands, the others once that is so: O(log accounts)."""
+        if account.served > self._level:
+            if not account.remembered:
+                account.remembered = True
+                heappush(self._remembered, (account.served, tenant))
+        else:
             del self._accounts[tenant]
+
+    def _raise_level(self, level: float) -> None:
+        self._level = max(self._level, level)
+        while self._remembered and self._remembered[0][0] <= self._level:
+            _, tenant = heappop(self._remembered)
+            account = self._accounts[tenant]
+            account.remembered = False
+            if not account.promised and tenant not in self._queues:
+                self._forget_or_remember(tenant, account)
 
     def _had(self, tenant: str) -> float:
         account = self._accounts[tenant]

@@ -145,6 +145,7 @@ def test_every_sequence_leaves_exactly_once_under_every_policy(bench, policy, se
     assert not len(b.waiting)
     if policy == "fair_share":
         assert not any(account.promised for account in b.leases.policy._accounts.values())
+        assert b.leases.policy._present_weight == 0
 
 
 def waits_of_the_quiet_tenant(bench, policy, noise, every) -> list[int]:
@@ -268,6 +269,29 @@ def test_tenants_that_are_gone_are_forgotten(bench):
     assert len(b.leases.policy._accounts) <= 1
 
 
+def test_tenants_that_are_gone_are_forgotten_while_others_wait(bench):
+    """Of 20,000 that came and went there remain those that are here, and the few that are above the level."""
+    b = bench(policy="fair_share")
+    policy, running, most = b.leases.policy, [], 0
+    for _ in range(3):
+        policy.add(asked(b, [1], tenant="waits"))
+    for n in range(20_000):
+        sequence = asked(b, [1] * (1 + n % 7), tenant=f"visitor {n}")
+        policy.add(sequence)
+        policy.charge(sequence)
+        policy.remove([sequence])
+        running.append(sequence)
+        if len(running) == 4:
+            policy.settle(running.pop(n % 4), used=True)
+        most = max(most, len(policy._accounts))
+    assert most < 40
+    for sequence in running:
+        policy.settle(sequence, used=True)
+    policy.remove(list(policy))
+    assert len(policy._accounts) == len(policy._remembered) < 40
+    assert policy._present_weight == 0
+
+
 def test_leases_come_back_on_another_thread(bench):
     b = bench(policy="fair_share")
     policy, running = b.leases.policy, SimpleQueue()
@@ -296,6 +320,7 @@ def test_leases_come_back_on_another_thread(bench):
     assert not failures
     assert not len(policy)
     assert not any(account.promised for account in policy._accounts.values())
+    assert policy._present_weight == 0
 
 
 def test_a_sequence_that_is_cancelled_or_behind_a_prefix_keeps_nobody(bench):
