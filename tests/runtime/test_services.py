@@ -31,7 +31,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(monkeypatch, m
     monkeypatch.setattr(host, "memory_bytes", lambda: (8 << 30, 16 << 30))
     for module in (services, memory, torch_ops):
         monkeypatch.setattr(module, "memory_bytes", host.memory_bytes)
-    values = {"model": {"model_id": model}, "backend": {}, section: {option: found}}
+    values = {"model": {"model_id": model}, "backend": {"backend_type": "cpu"}, section: {option: found}}
     refusal = rf"^{section}.{option}: found {found}, which needs .* are 8.0 GiB free"
     with pytest.raises(ConfigError, match=refusal) as told:
         EngineServices(SageLLMConfig.model_validate(values)).load()
