@@ -245,7 +245,8 @@ class Completion:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.prompt_length, self.output_length, self.prompt_length + self.output_length)
+        output_length = self.output_length
+        return Usage(self.prompt_length, output_length, self.prompt_length + output_length)
 
     @property
     def src(self) -> SourcePosition | None:

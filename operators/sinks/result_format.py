@@ -28,17 +28,12 @@ def dump_line(record: Completion | DeadLetter) -> bytes:
 
 def completion_fields(completion: Completion) -> dict[str, Any]:
     request, choices = completion.request, completion.choices
-    output_length = completion.output_length
     fields = {"request_id": request.request_id, **_choice_fields(choices[0])}
     if len(choices) > 1:
         fields["choices"] = [{"index": choice.index, **_choice_fields(choice)} for choice in choices]
     if completion.prompt_logprobs is not None:
         fields["prompt_logprobs"] = _dump_logprobs(completion.prompt_logprobs)
-    fields["usage"] = {
-        "prompt_tokens": completion.prompt_length,
-        "completion_tokens": output_length,
-        "total_tokens": completion.prompt_length + output_length,
-    }
+    fields["usage"] = completion.usage._asdict()
     fields["metrics"] = completion.metrics.to_dict()
     fields["src"] = None if request.src is None else request.src.to_dict()
     return fields

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from sageLLM.backends.base import StepLayout
+from sageLLM.backends.cpu.capability import CPUCapability
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+needs_kernels = pytest.mark.skipif(not CPUCapability.probe().kernels, reason="no AVX512-bf16, or kernels not compiled")
 
 
 @dataclass

@@ -10,16 +10,14 @@ import torch
 from sageLLM.backends.base import StepLayout
 from sageLLM.backends.cpu import AVX512Backend, CPUBackend
 from sageLLM.backends.cpu import attention as cpu_attention
-from sageLLM.backends.cpu.capability import CPUCapability
 from sageLLM.backends.cpu.kernels import PagedAttention
 from sageLLM.backends.torch_ops import TorchBackend
 
-from .conftest import StepBuilder
+from .conftest import StepBuilder, needs_kernels
 
 BACKENDS = {"torch": lambda: TorchBackend(torch.device("cpu")), "cpu": CPUBackend}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
-needs_kernels = pytest.mark.skipif(not CPUCapability.probe().kernels, reason="no AVX512-bf16, or kernels not compiled")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -11,11 +11,9 @@ import pytest
 import torch
 
 from sageLLM.backends.cpu import AVX512Backend, CPUBackend, kernels, make_cpu_backend
-from sageLLM.backends.cpu.capability import CPUCapability
 
-from .conftest import StepBuilder
+from .conftest import StepBuilder, needs_kernels
 
-needs_kernels = pytest.mark.skipif(not CPUCapability.probe().kernels, reason="no AVX512-bf16, or kernels not compiled")
 NATIVE = Path(kernels.__file__).parent / "native"
 
 

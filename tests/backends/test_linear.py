@@ -12,6 +12,8 @@ from sageLLM.backends.cpu.kernels import PackedLinear
 from sageLLM.backends.cpu.linear import HalfLinear, OneDNNLinear, pack_linear
 from sageLLM.backends.torch_ops import PlainLinear
 
+from .conftest import needs_kernels
+
 HERE = CPUCapability.probe()
 AVX2 = CPUCapability(native_bfloat16=False, half_weights=True, onednn=True)
 AVX512 = CPUCapability(native_bfloat16=True, half_weights=True, onednn=True)
@@ -23,7 +25,6 @@ needs_fbgemm = pytest.mark.skipif(not HERE.half_weights, reason="this torch has 
 needs_onednn_bfloat16 = pytest.mark.skipif(
     not (HERE.onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()), reason="oneDNN has no bfloat16 here"
 )
-needs_kernels = pytest.mark.skipif(not HERE.kernels, reason="no AVX512-bf16, or kernels not compiled")
 needs_amx = pytest.mark.skipif(not HERE.amx, reason="no AMX, or kernels not compiled")
 
 
