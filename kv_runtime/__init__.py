@@ -5,9 +5,11 @@ from __future__ import annotations
 from ..config import KVEviction, KVGranularity
 from .cache import Acquired, Commit, KVCache, KVCacheStats, PrefixMatch, Want
 from .eviction import make_eviction_policy
+from .listener import CacheListener
 
 __all__ = [
     "Acquired",
+    "CacheListener",
     "Commit",
     "KVCache",
     "KVCacheStats",

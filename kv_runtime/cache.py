@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from .eviction import EvictionPolicy
+    from .listener import CacheListener
+    from .node import Namespace, Node
     from .pool import Int32Array
-    from .radix_tree import Namespace, Node
 
 
 class PrefixMatch(NamedTuple):
@@ -126,6 +127,11 @@ class KVCache:
         self._lock = threading.Lock()
         self._queries = self._queried_tokens = self._hits = self._hit_tokens = 0
         self._committed_tokens = self._evicted_blocks = 0
+
+    def listen(self, listener: CacheListener) -> None:
+        """Tell `listener` from now on what is stored and removed."""
+        with self._lock:
+            self._tree.listeners.append(listener)
 
     def match(self, tokens: Int32Array, namespace: Namespace, limit: int, *, record: bool = True) -> PrefixMatch:
         """Return the longest cached prefix of `tokens` [T] of at most `limit` tokens, its blocks retained.

@@ -14,7 +14,7 @@ from ..errors import KVCacheError
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from .radix_tree import Node
+    from .node import Node
 
 ATTENTION_PARITY = 6 * 4096  # in tokens, for a hidden size of 4096, the usual one of 7 to 8 billion parameters
 

@@ -10,7 +10,7 @@ from ..errors import KVCacheError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from .radix_tree import Node
+    from .node import Node
 
 
 class Expiry:

@@ -24,52 +24,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import KVCacheError
-from .pool import NO_BLOCKS, Int32Array
+from .node import NO_TOKENS, Node, common_prefix_length
+from .pool import NO_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .eviction import EvictionPolicy
     from .expiry import Expiry
-    from .pool import BlockPool, Blocks
-
-Namespace = tuple[str, str]
-NO_TOKENS: Int32Array = np.empty(0, dtype=np.int32)
-
-
-class Node:
-    """A run of tokens and its blocks; both arrays are replaced, never written to. A root is its own parent."""
-
-    __slots__ = ("blocks", "children", "end", "hits", "namespace", "parent", "parked_on", "start", "tokens", "used_at")
-
-    def __init__(self, parent: Node | None, start: int, tokens: Int32Array, blocks: Int32Array) -> None:
-        self.parent = parent or self
-        self.start = start
-        self.end = start + tokens.size
-        self.tokens = tokens
-        self.blocks = blocks
-        self.children: dict[int, Node] = {}  # by first token
-        self.parked_on = -1  # the block whose release takes this leaf back into the policy's list
-        self.namespace: Namespace | None = None  # set on roots
-        self.hits = 0  # requests that did not have to compute it
-        self.used_at = 0.0  # by the policy's clock
-
-    def __str__(self) -> str:
-        blocks = ", ".join(map(str, self.blocks[:4])) + (", ..." if self.blocks.size > 4 else "")
-        return f"[{self.start}, {self.end}) in blocks [{blocks}]"
-
-
-def common_prefix_length(a: Int32Array, b: Int32Array) -> int:
-    """Return how many leading tokens are equal; looks little further than the first difference."""
-    size = min(a.size, b.size)
-    begin, chunk = 0, 512
-    while begin < size:
-        stop = min(begin + chunk, size)
-        first: int = (a[begin:stop] != b[begin:stop]).tobytes().find(True)
-        if first >= 0:
-            return begin + first
-        begin, chunk = stop, chunk * 4
-    return size
+    from .listener import CacheListener
+    from .node import Namespace
+    from .pool import BlockPool, Blocks, Int32Array
 
 
 def _head(array: Int32Array, size: int) -> Int32Array:
@@ -92,6 +57,7 @@ class RadixTree:
         self._roots: dict[Namespace, Node] = {}
         self._policy = policy
         self._expiry = expiry
+        self.listeners: list[CacheListener] = []
         self._parked: OrderedDict[int, list[Node]] = OrderedDict()
         self._entered: list[Int32Array] = []  # blocks whose references the pool does not know of
         self._dropped: list[Int32Array] = []
@@ -164,7 +130,8 @@ class RadixTree:
         if path and position < path[-1].end:
             path[-1] = self._split(path[-1], position)
         if path and not path[-1].children:
-            self._extend(path[-1], tokens, fresh_blocks)
+            child = path[-1]
+            self._extend(child, tokens, fresh_blocks)
         else:
             if root is None:
                 root = self._roots[namespace] = Node(None, 0, NO_TOKENS, NO_BLOCKS)
@@ -173,6 +140,8 @@ class RadixTree:
             child = Node(parent, position, tokens[position:].copy(), fresh_blocks)
             parent.children[tokens.item(position)] = child
             path.append(child)
+        for listener in self.listeners:
+            listener.stored(child, position)
         self._touch(path, tokens.size)
         return tokens.size - position
 
@@ -239,6 +208,8 @@ class RadixTree:
 
     def clear(self) -> int:
         """Forget everything; return how many blocks became free by it."""
+        for listener in self.listeners:
+            listener.cleared()
         self._roots.clear()
         self._policy.clear()
         if self._expiry:
@@ -308,9 +279,12 @@ class RadixTree:
     def _trim(self, leaf: Node, count: int) -> None:
         """Drop a leaf's last `count` blocks and the tokens in them; all of them is the leaf itself."""
         kept = leaf.blocks.size - count
+        end = (leaf.start // self._block_size + kept) * self._block_size if kept else leaf.start
+        for listener in self.listeners:
+            listener.removed(leaf, end)
         self._dropped.append(leaf.blocks[kept:])
         if kept:
-            leaf.end = (leaf.start // self._block_size + kept) * self._block_size
+            leaf.end = end
             leaf.tokens = _head(leaf.tokens, leaf.end - leaf.start)
             leaf.blocks = _head(leaf.blocks, kept)
         else:

@@ -7,7 +7,7 @@ import pytest
 
 from sageLLM.errors import KVCacheError
 from sageLLM.kv_runtime import KVCache, KVEviction, make_eviction_policy
-from sageLLM.kv_runtime.radix_tree import NO_TOKENS, Node
+from sageLLM.kv_runtime.node import NO_TOKENS, Node
 
 ANYONE = ("", "")
 
