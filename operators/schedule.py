@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -120,7 +119,7 @@ class Schedule(Operator[ScheduleConfig]):
 
     def _time_to_timeout(self) -> float | None:
         earliest = self._waiting.next_timeout()
-        return None if earliest == float("inf") else max(0.0, earliest - time.monotonic())
+        return None if earliest == float("inf") else max(0.0, earliest - self.context.engine.clock())
 
     async def close(self) -> None:
         self._returned.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from math import prod
@@ -23,7 +24,7 @@ from .scheduler.timeouts import Timeouts
 from .scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from ..backends.base import Backend
     from ..config import BackendConfig, SageLLMConfig
@@ -40,11 +41,12 @@ class EngineServices:
     """One model on one device. Nothing heavy is imported or loaded before an operator needs it.
 
     Attributes are built on first use; `model` may raise ModelNotFoundError or CheckpointError, `worker` also
-    ConfigError where the device or the KV pool cannot be had.
+    ConfigError where the device or the KV pool cannot be had. `clock` gives all of them monotonic seconds.
     """
 
-    def __init__(self, config: SageLLMConfig) -> None:
+    def __init__(self, config: SageLLMConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
+        self.clock = clock
         self.lets_go = False  # see `let_go`
 
     @cached_property
@@ -69,6 +71,7 @@ class EngineServices:
             kv.enable_cross_request_sharing,
             make_eviction_policy(kv.eviction),
             kv.ttl_s,
+            self.clock,
         )
 
     @cached_property
@@ -84,7 +87,7 @@ class EngineServices:
 
     @cached_property
     def waiting(self) -> WaitingQueue:
-        return WaitingQueue(self.leases, Timeouts.of(self.config.scheduler))
+        return WaitingQueue(self.leases, Timeouts.of(self.config.scheduler), self.clock)
 
     @property
     def is_null(self) -> bool:
@@ -133,6 +136,7 @@ class EngineServices:
             self.model.architecture.max_seq_len,
             step_tokens,
             self._make_stop_matcher,
+            self.clock,
         )
 
     def _default_step_tokens(self) -> int:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from .timeouts import Timeouts
 
 
-def end_unstarted(sequence: Sequence, reason: FinishReason) -> None:
-    """Finish a sequence that has computed nothing."""
+def end_unstarted(sequence: Sequence, reason: FinishReason, now: float) -> None:
+    """Finish a sequence that has computed nothing; `now` is in the engine's monotonic seconds."""
     sequence.choices = [Choice(index, finish_reason=reason) for index in range(sequence.sampling.n)]
-    sequence.timings.finished = time.monotonic()
+    sequence.timings.finished = now
     sequence.kv = None
 
 
@@ -27,12 +27,13 @@ class WaitingQueue:
     """Sequences that wait for a lease, in the policy's order.
 
     A sequence whose prefix a running prompt computes is passed over and keeps its place. `tokens` and `blocks` are what
-    the prompts of all that wait come to, and the KV blocks that they fill.
+    the prompts of all that wait come to, and the KV blocks that they fill. `clock` gives monotonic seconds.
     """
 
-    def __init__(self, leases: LeaseBook, timeouts: Timeouts) -> None:
+    def __init__(self, leases: LeaseBook, timeouts: Timeouts, clock: Callable[[], float] = time.monotonic) -> None:
         self._leases = leases
         self._timeouts = timeouts
+        self._clock = clock
         self._waiting = leases.policy
         self._interactive = 0  # only these may meet a timeout
         self.tokens = 0
@@ -43,7 +44,7 @@ class WaitingQueue:
 
     def offer(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        sequence.timings.queued = time.monotonic()
+        sequence.timings.queued = self._clock()
         self._waiting.add(sequence)
         self._interactive += sequence.request.interactive
         self.tokens += len(sequence.prompt_tokens)
@@ -75,7 +76,7 @@ class WaitingQueue:
                 slots -= sequence.sampling.n
                 blocks -= leases.estimate_blocks(sequence)
         granted = []
-        now = time.monotonic()
+        now = self._clock()
         for sequence, lease in zip(candidates, leases.grant(candidates), strict=False):
             sequence.kv = lease
             sequence.prefix_hit_tokens = lease.hit_tokens
@@ -101,7 +102,7 @@ class WaitingQueue:
         ]
         for sequence in lines:
             sequence.request.cancelled = True
-            end_unstarted(sequence, FinishReason.CANCELLED)
+            end_unstarted(sequence, FinishReason.CANCELLED, self._clock())
         self._remove(lines)
         return lines
 
@@ -109,13 +110,13 @@ class WaitingQueue:
         """Remove and finish what was cancelled or has waited too long."""
         ended = [sequence for sequence in self._waiting if sequence.request.cancelled]
         for sequence in ended:
-            end_unstarted(sequence, FinishReason.CANCELLED)
+            end_unstarted(sequence, FinishReason.CANCELLED, self._clock())
         if self._interactive:
-            now = time.monotonic()
+            now = self._clock()
             for sequence in self._waiting:
                 end = self._timeouts.end_of_waiting(sequence)
                 if end.at <= now and not sequence.ended:
-                    end_unstarted(sequence, end.reason)
+                    end_unstarted(sequence, end.reason, now)
                     ended.append(sequence)
         if ended:
             self._remove(ended)

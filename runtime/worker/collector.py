@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,10 +31,12 @@ class Collector:
         table: ResidentTable,
         make_stop_matcher: MakeStopMatcher,
         end_rows: Callable[[list[Ending]], None],
+        clock: Callable[[], float],
     ) -> None:
         self._table = table
         self._make_stop_matcher = make_stop_matcher
         self._end_rows = end_rows
+        self._clock = clock
         self._matchers: dict[int, StopStringMatcher] = {}
         self._matched: dict[int, str] = {}
 
@@ -62,7 +63,7 @@ class Collector:
             slots, tokens = slots[rows], tokens[rows]
         if not len(slots):
             return
-        now = time.monotonic()
+        now = self._clock()
         count = table.outputs_read[slots]
         table.outputs[slots, count] = tokens
         table.outputs_read[slots] = count + 1

@@ -52,6 +52,7 @@ class Worker:
         max_seq_len: int,
         max_step_tokens: int,
         make_stop_matcher: MakeStopMatcher,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on_prefilled: Callable[[list[Any]], None] = _nobody
         self.on_decoded: Callable[[list[Any]], None] = _nobody
@@ -62,6 +63,7 @@ class Worker:
         self._executor = executor
         self._kv = kv
         self._leases = leases
+        self._clock = clock
         self._timeouts = Timeouts.of(scheduler)
         self._depth = 2 if scheduler.launch_ahead else 1
         self._table = ResidentTable(scheduler.max_batch_size, max_seq_len, leases.block_size)
@@ -76,7 +78,7 @@ class Worker:
             leases_in_transit=self._leases_in_transit,
             time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,
         )
-        self._collector = Collector(self._table, make_stop_matcher, self._end_rows)
+        self._collector = Collector(self._table, make_stop_matcher, self._end_rows, clock)
         self._unread: deque[tuple[StepPlan, StepHandle]] = deque()
         self._resident: dict[int, ResidentSequence] = {}  # by id of the request
         self._inbox: deque[tuple[Callable[[Any], None], Any]] = deque()
@@ -145,26 +147,35 @@ class Worker:
     # -- the step loop -----------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Take what was submitted, plan, launch, read what is old enough, give results back; False when idle."""
+        """Launch a step, read what is old enough, give results back; False when idle."""
+        launched = self.launch()
+        if reads := bool(self._unread) and (not launched or self.is_full):
+            self.read_oldest()
+        worked = launched or reads or bool(self._prefilled or self._decoded)
+        self.post()
+        return worked
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many steps are launched as may be before the oldest is read."""
+        return len(self._unread) >= self._depth
+
+    @property
+    def num_unread(self) -> int:
+        """Steps that were launched and not read."""
+        return len(self._unread)
+
+    def launch(self) -> bool:
+        """Take what was submitted, then plan and launch a step; False if there is none, or the unread come first."""
         while self._inbox:
             handler, argument = self._inbox[0]
             handler(argument)
             self._inbox.popleft()  # only now: what a failure leaves is answered by `abandon`
         self._end_overdue()
-        launched = self._launch_next()
-        if self._unread and (not launched or len(self._unread) >= self._depth):
-            self._read_oldest()
-        worked = launched or bool(self._prefilled or self._decoded)
-        self._post()
-        return worked or bool(self._unread)
-
-    def _launch_next(self) -> bool:
         try:
             plan = self.planner.plan(len(self._unread))
         except MustReadFirst:
-            while self._unread:
-                self._read_oldest()
-            plan = self.planner.plan(0)
+            return False
         self._leases.paused = self.planner.has_preempted
         if plan is None:
             return False
@@ -177,7 +188,8 @@ class Worker:
         self.steps += 1
         return True
 
-    def _read_oldest(self) -> None:
+    def read_oldest(self) -> None:
+        """Wait for the oldest step that is unread, and apply its results."""
         plan, handle = self._unread.popleft()
         try:
             result = handle.result()
@@ -195,7 +207,8 @@ class Worker:
             owner.sequence.error = f"{type(error).__name__}: {error}"
             self._end_sequence(owner, FinishReason.ERROR)
 
-    def _post(self) -> None:
+    def post(self) -> None:
+        """Give back what has come out of the steps."""
         if self._prefilled:
             prefilled, self._prefilled = self._prefilled, []
             self.on_prefilled(prefilled)
@@ -224,7 +237,7 @@ class Worker:
             owner.sequence.error = f"the worker failed: {error!r}"
             back = self._decoded if owner.decoding else self._prefilled
             self._give_up(partial(self._end_sequence, owner, FinishReason.ERROR), [owner.sequence], back)
-        self._post()
+        self.post()
 
     def _give_up(self, end: Callable[[], None], sequences: list[Sequence], back: list[Any]) -> None:
         try:
@@ -232,7 +245,7 @@ class Worker:
         except Exception:
             log.exception("the books of the failed worker are wrong")
             for sequence in sequences:
-                end_unstarted(sequence, FinishReason.ERROR)
+                end_unstarted(sequence, FinishReason.ERROR, self._clock())
                 sequence.error = f"the worker failed: {self.failure!r}"
             back += sequences
 
@@ -269,7 +282,8 @@ class Worker:
         if lease is not None:
             self._leases.give_back_unused(sequence, lease)
             self._returned = True
-        end_unstarted(sequence, FinishReason.CANCELLED if self.failure is None else FinishReason.ERROR)
+        reason = FinishReason.CANCELLED if self.failure is None else FinishReason.ERROR
+        end_unstarted(sequence, reason, self._clock())
         if self.failure is not None:
             sequence.error = f"the worker failed: {self.failure!r}"
         self._prefilled.append(sequence)
@@ -280,7 +294,7 @@ class Worker:
             owner = self._resident.get(id(sequence.request))
             if owner is None:  # ended or reclaimed on the way
                 if not sequence.ended:
-                    end_unstarted(sequence, FinishReason.CANCELLED)
+                    end_unstarted(sequence, FinishReason.CANCELLED, self._clock())
                 self._decoded.append(sequence)
                 continue
             if owner.lease.prefix_key is not None:  # nobody has committed it: let go those who wait for it
@@ -344,7 +358,7 @@ class Worker:
         sequence = owner.sequence
         del self._resident[id(sequence.request)]
         self._leases.end(sequence, owner.lease)
-        sequence.timings.finished = time.monotonic()
+        sequence.timings.finished = self._clock()
         sequence.kv = None
         if owner.decoding:
             self._decoded.append(sequence)
@@ -369,7 +383,7 @@ class Worker:
 
     def _end_overdue(self) -> None:
         table = self._table
-        now = time.monotonic()
+        now = self._clock()
         for slot in np.flatnonzero(table.timeout < now).tolist():
             row = table.rows[slot]
             if row is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import count
 
 import numpy as np
@@ -25,17 +26,32 @@ class Bench:
     """
 
     def __init__(
-        self, blocks=64, block_size=4, commit=True, executor=None, stop_matcher=None, kv_cache=(), **scheduler
+        self,
+        blocks=64,
+        block_size=4,
+        commit=True,
+        executor=None,
+        stop_matcher=None,
+        kv_cache=(),
+        clock=time.monotonic,
+        **scheduler,
     ):
         config = SchedulerConfig(**{"max_batch_size": 8, **scheduler})
         kv_config = KVCacheConfig(**dict(kv_cache))
         policy = make_eviction_policy(kv_config.eviction)
         self.kv = KVCache(blocks, block_size, policy=policy, ttl_s=kv_config.ttl_s, clock=count().__next__)
         self.leases = LeaseBook(self.kv, config.max_batch_size, block_size, make_scheduler_policy(config, self.kv))
-        self.waiting = WaitingQueue(self.leases, Timeouts.of(config))
+        self.waiting = WaitingQueue(self.leases, Timeouts.of(config), clock)
         executor = executor or NullExecutor(config.max_batch_size)
         self.worker = Worker(
-            executor, self.kv, self.leases, config, 4096, config.max_step_tokens or 64, stop_matcher or (lambda s: None)
+            executor,
+            self.kv,
+            self.leases,
+            config,
+            4096,
+            config.max_step_tokens or 64,
+            stop_matcher or (lambda s: None),
+            clock,
         )
         self.commit = commit
         self.deltas = []

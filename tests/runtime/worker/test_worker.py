@@ -131,6 +131,57 @@ def test_a_request_past_its_timeout_ends_with_it(bench):
     b.check_nothing_leaks()
 
 
+def test_every_time_is_the_injected_clocks(bench):
+    now = [1000.0]
+    b = bench(clock=lambda: now[0], launch_ahead=False)
+    call = b.sequence([1, 2], max_new_tokens=2)
+    b.offer(call)
+    for now[0] in (1001.0, 1002.0, 1003.0):
+        b.worker.submit_prefill(b.waiting.take_granted())
+        b.worker.step()
+    assert b.finished == [call]
+    times = call.timings
+    assert (times.queued, times.scheduled, times.first_token) == (1000, 1001, 1001)
+    assert (times.last_token, times.finished) == (1002, 1002)
+
+
+def test_timeouts_pass_by_the_injected_clock(bench):
+    now = [0.0]
+    b = bench(clock=lambda: now[0], max_batch_size=1, queue_timeout_s=10, request_timeout_s=30)
+    first, second = (b.sequence([1, 2, 3], max_new_tokens=200, interactive=True) for _ in range(2))
+    first.request.arrival = second.request.arrival = 0.0
+    b.offer(first, second)
+    for now[0] in range(60):
+        b.finished += b.waiting.take_ended()
+        b.worker.submit_prefill(b.waiting.take_granted())
+        b.worker.step()
+    assert [(call, call.choices[0].finish_reason) for call in b.finished] == [
+        (second, "queue_timeout"),
+        (first, "timeout"),
+    ]
+    assert (second.timings.finished, first.timings.finished) == (10, 31)
+    b.kv.clear()
+    b.check_nothing_leaks()
+
+
+def test_a_step_is_launched_at_one_time_and_read_at_another(bench):
+    """What a driver in virtual time does: `step` is `launch`, maybe `read_oldest`, and `post`."""
+    now = [0.0]
+    b = bench(clock=lambda: now[0])
+    call = b.sequence([1, 2, 3], max_new_tokens=1)
+    b.offer(call)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    assert b.worker.launch()
+    assert (b.worker.num_unread, b.worker.is_full) == (1, False)
+    now[0] = 7.0
+    assert not b.worker.launch()
+    b.worker.read_oldest()
+    b.worker.post()
+    assert (b.worker.num_unread, call.timings.first_token, call.timings.last_token) == (0, 7, None)
+    b.run()
+    assert b.finished == [call]
+
+
 def test_a_dropped_record_gives_its_lease_back(bench):
     b = bench()
     lost_early, lost_late = b.sequence(range(10)), b.sequence(range(50, 60))
