@@ -1,1 +1,3 @@
-"""Quantization, sparsity and cost models. Nothing lives here yet: asking for them is a `NotAvailableError`."""
+"""What a step costs: the execution graph, its passes, device rates and their closed form. No torch.
+
+Quantization and sparsity are not here yet: asking for them is a `NotAvailableError`."""
