@@ -271,4 +271,43 @@ class DeadLetter:
         return None if self.src is None else self.src.line
 
 
-Record = Request | Sequence | TokenDelta | Completion | DeadLetter
+class KVEventKind(StrEnum):
+    """What happened to cached KV."""
+
+    STORED = "stored"  # may be reused from now on
+    REMOVED = "removed"  # evicted or expired
+    MOVED = "moved"  # to another tier, where it may still be reused
+    CLEARED = "cleared"  # everything was removed
+    LOST = "lost"  # events that nobody read in time
+
+
+@dataclass(slots=True, eq=False)
+class KVEvent:
+    """A change of the prefix cache, in whole KV blocks, which belongs to no request.
+
+    `block_hashes` names the blocks from token `start` of a prefix on, each by all tokens up to its end (see
+    `kv_runtime.block_hashes`); `parent_hash` is that of the block before. Only what is stored has them and `tokens`.
+    """
+
+    kind: KVEventKind
+    seq: int  # counts all events of a run from 0; of LOST the last one that was lost
+    at: float  # seconds since the epoch
+    tenant: str = ""
+    start: int = 0
+    parent_hash: str | None = None
+    block_hashes: list[str] = field(default_factory=list)
+    tokens: NDArray[np.int32] | None = None  # [blocks * block_size]
+    block_size: int = 0
+    tier: str = "hbm"  # where the blocks are now, or were until they were removed
+    lost: int = 0  # events
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_hashes)
+
+    @property
+    def request(self) -> None:
+        return None
+
+
+Record = Request | Sequence | TokenDelta | Completion | DeadLetter | KVEvent

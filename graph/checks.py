@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .problems import Problems
     from .wiring import Wire, Wiring
 
-_DEAD_ONLY = frozenset({RecordKind.DEAD_LETTER})
+_NO_SEQUENCES = frozenset({RecordKind.DEAD_LETTER, RecordKind.KV_EVENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ def _check_stages(
         held: frozenset[str] | None = frozenset() if spec.is_source else None
         without: dict[str, str] = {}
         for wire in wires:
-            if wire.edge.target != name or kinds.get(wire.edge) == _DEAD_ONLY:
+            if wire.edge.target != name or kinds.get(wire.edge, ANY_KIND) <= _NO_SEQUENCES:
                 continue
             before = facts.get(wire.edge.source)
             if before is None:
@@ -277,7 +277,7 @@ def _check_late_stages(
         spec = draft.specs[name]
         given = givers[name] = {}
         for wire in wires:
-            if wire.edge.target == name and kinds.get(wire.edge) != _DEAD_ONLY:
+            if wire.edge.target == name and not kinds.get(wire.edge, ANY_KIND) <= _NO_SEQUENCES:
                 given.update(givers[wire.edge.source])
         for fact in sorted(spec.precedes & given.keys()):
             text = f"{spec.title(name)} comes too late: its records are {fact!r} already, by {given[fact]!r}; "

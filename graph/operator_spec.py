@@ -18,6 +18,7 @@ class RecordKind(StrEnum):
     DELTA = "delta"
     COMPLETION = "completion"
     DEAD_LETTER = "dead_letter"
+    KV_EVENT = "kv_event"
 
 
 ANY_KIND = frozenset(RecordKind)

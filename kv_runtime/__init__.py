@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import KVEviction, KVGranularity
 from .cache import Acquired, Commit, KVCache, KVCacheStats, PrefixMatch, Want
+from .events import KVEventLog, block_hashes
 from .eviction import make_eviction_policy
 from .listener import CacheListener
 
@@ -13,9 +14,11 @@ __all__ = [
     "Commit",
     "KVCache",
     "KVCacheStats",
+    "KVEventLog",
     "KVEviction",
     "KVGranularity",
     "PrefixMatch",
     "Want",
+    "block_hashes",
     "make_eviction_policy",
 ]

@@ -129,8 +129,10 @@ class KVCache:
         self._committed_tokens = self._evicted_blocks = 0
 
     def listen(self, listener: CacheListener) -> None:
-        """Tell `listener` from now on what is stored and removed."""
+        """Tell `listener` from now on what is stored and removed, and first what is there, as stored now."""
         with self._lock:
+            for node in self._tree.nodes():
+                listener.stored(node, node.start)
             self._tree.listeners.append(listener)
 
     def match(self, tokens: Int32Array, namespace: Namespace, limit: int, *, record: bool = True) -> PrefixMatch:

@@ -30,6 +30,13 @@ class Node:
         self.hits = 0  # requests that did not have to compute it
         self.used_at = 0.0  # by the policy's clock
 
+    def root_namespace(self) -> Namespace:
+        """Return the namespace of the root above, O(depth)."""
+        node = self
+        while node.namespace is None:
+            node = node.parent
+        return node.namespace
+
     def prefix(self) -> tuple[Namespace, Int32Array]:
         """Return the namespace and all tokens [end] up to the node's end, O(end)."""
         runs, node = [], self

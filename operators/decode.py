@@ -4,36 +4,109 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import anyio
+from pydantic import Field
+
+from ..errors import ConfigError
+from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import ERROR_PORT, Port, RecordKind, operator
-from .worker_door import WorkerDoor
+from .worker_door import WorkerDoor, WorkerDoorConfig
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ..kv_runtime.events import KVEventLog
     from ..records import Sequence
-    from ..runtime.flow.mailbox import Mailbox
+    from ..runtime.flow.operator import Outlet
+
+
+class DecodeConfig(WorkerDoorConfig):
+    """`max_batch` as in prefill. The events of at most `max_event_blocks` KV blocks wait for whoever reads `events`."""
+
+    max_event_blocks: int = Field(default=65_536, gt=0)
 
 
 @operator("decode")
-class Decode(WorkerDoor):
+class Decode(WorkerDoor[DecodeConfig]):
     """Hands prefilled sequences to the worker; each comes back when all its choices have ended.
 
     For requests that stream, a TokenDelta for each step and choice comes before that.
 
+    `events`, if an edge leaves it, tells what the prefix cache of the worker stores, removes and moves, from before the
+    first request until after the last; unwired it costs nothing. A slow reader never holds up the worker: what it does
+    not read in time is lost, and one event says how much that was.
+
     Guarantee: every sequence leaves exactly once, on `out` or `error`, after all its deltas, in the order of ending.
+    Events: in order, each at most once, with numbers in which what was lost is missing.
     """
 
+    config_model = DecodeConfig
+
     inputs = (Port("in", frozenset({RecordKind.SEQUENCE})),)
-    outputs = (Port("out", frozenset({RecordKind.SEQUENCE, RecordKind.DELTA})), ERROR_PORT)
+    outputs = (
+        Port("out", frozenset({RecordKind.SEQUENCE, RecordKind.DELTA})),
+        Port("events", frozenset({RecordKind.KV_EVENT}), optional=True),
+        ERROR_PORT,
+    )
     requires = frozenset({"prefilled"})
     provides = frozenset({"decoded"})
     single = True  # one worker, one door of each kind
     guarantee = "every sequence leaves exactly once, on `out` or `error`, after all its deltas"
-    example = "decode: {max_batch: 8}"
+    example = """\
+operators:
+  decode: {max_batch: 8}
+  cached: {type: jsonl_sink, path: kv_events.jsonl}
+edges:
+  - decode.events -> cached
+"""
 
     def _connect(self, mailbox: Mailbox[Any]) -> None:
         worker = self.context.engine.worker
         worker.on_decoded = mailbox.put
         if self.config.max_batch is not None:
             worker.planner.max_decode_batch = self.config.max_batch
+
+    async def open(self) -> None:
+        """Connect to the worker, and to its cache if somebody reads the events.
+
+        Raises:
+            ConfigError: `max_event_blocks` is given, but no edge leaves `events`.
+        """
+        if "max_event_blocks" in self.config.model_fields_set and "events" not in self.context.wired:
+            name = self.context.name
+            raise ConfigError(
+                f"{name}.max_event_blocks bounds events that nobody reads: leave it out, or write "
+                f"`{name}.events -> ...` under edges"
+            )
+        await super().open()
+        self._rung: Mailbox[None] = Mailbox()
+        self._events = self._listen() if "events" in self.context.wired else None
+
+    def _listen(self) -> KVEventLog:
+        """The log that a failed instance began, or a new one."""
+        from ..kv_runtime.events import KVEventLog
+
+        kept, kv = self.context.kept, self.context.engine.kv
+        if "events" not in kept:
+            kept["events"] = KVEventLog(kv.num_blocks, kv.block_size, self.config.max_event_blocks)
+            kv.listen(kept["events"])
+        log: KVEventLog = kept["events"]
+        log.wake = lambda: self._rung.put([])
+        return log
+
+    async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        async with anyio.create_task_group() as tasks:
+            if self._events is not None:
+                tasks.start_soon(self._send_events, self._events, out)
+            await super().run(inlet, out)
+            self._rung.close()
+
+    async def _send_events(self, log: KVEventLog, out: Outlet) -> None:
+        ended = False
+        while not ended:
+            ended = self._rung.is_closed
+            await out.send(log.take(), "events")
+            await self._rung.get()
 
     def _submit(self, sequences: list[Sequence]) -> None:
         self.context.engine.worker.submit_decode(sequences)

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
-from ..records import DeadLetter, Request, TokenDelta
+from ..records import DeadLetter, KVEvent, Request, TokenDelta
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, operator
 from .functions import FunctionName, explain_failure, find_function
 
@@ -62,5 +62,7 @@ class Map(Operator[MapConfig]):
             for field in fields(Request):
                 setattr(record, field.name, getattr(result, field.name))
             return record
+        if isinstance(record, KVEvent):
+            return result
         result.request = record.request
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.flow.operator import ERROR_PORT, Port, RecordKind, operator
-from .worker_door import WorkerDoor
+from .worker_door import WorkerDoor, WorkerDoorConfig
 
 if TYPE_CHECKING:
     from ..records import Sequence
@@ -15,7 +15,7 @@ _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
 
 @operator("prefill")
-class Prefill(WorkerDoor):
+class Prefill(WorkerDoor[WorkerDoorConfig]):
     """Hands leased sequences to the worker; each comes back when its prompt is computed and its first token chosen.
 
     Guarantee: every sequence leaves exactly once, on `out` or `error`, in the order in which prompts are finished.

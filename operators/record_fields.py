@@ -7,7 +7,7 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from ..graph.operator_spec import RecordKind
-from ..records import Completion, DeadLetter, Request, Sequence, TokenDelta
+from ..records import Completion, DeadLetter, KVEvent, Request, Sequence, TokenDelta
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +18,7 @@ RECORD_TYPES: dict[RecordKind, type] = {
     RecordKind.DELTA: TokenDelta,
     RecordKind.COMPLETION: Completion,
     RecordKind.DEAD_LETTER: DeadLetter,
+    RecordKind.KV_EVENT: KVEvent,
 }
 _ARRAYS = {"NDArray": list, "np": SimpleNamespace(int32=int)}  # records.py imports numpy for type checkers only
 

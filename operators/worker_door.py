@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import anyio
 from pydantic import AfterValidator, Field, ValidationInfo
@@ -28,7 +28,10 @@ class WorkerDoorConfig(OperatorConfig):
     max_batch: Annotated[int, Field(gt=0), AfterValidator(_check_runs_at_once)] | None = None
 
 
-class WorkerDoor(Operator[WorkerDoorConfig]):
+DoorConfigT = TypeVar("DoorConfigT", bound=WorkerDoorConfig)
+
+
+class WorkerDoor(Operator[DoorConfigT]):
     """Submits sequences and sends on what comes back, until the inputs have ended and nothing is inside."""
 
     config_model = WorkerDoorConfig

@@ -27,8 +27,9 @@ def assemble(pipeline: Pipeline, services: EngineServices) -> Flow:
     drains: list[Any] = []
     factories = {}
     for node in pipeline.nodes.values():
+        wired = frozenset(edge.source_port for edge in pipeline.edges if edge.source == node.name)
         context = OperatorContext(
-            node.name, services, ledger, pipeline.base_dir, lambda reason: drains[0](reason), resume
+            node.name, services, ledger, pipeline.base_dir, lambda reason: drains[0](reason), resume, wired
         )
         factories[node.name] = partial(_make, node, context)
     flow = Flow(factories, pipeline.edges, ledger, pipeline.max_error_ratio, services.cancel, services.let_go)

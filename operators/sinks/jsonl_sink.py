@@ -12,7 +12,8 @@ from anyio import from_thread
 from pydantic import Field
 
 from ...errors import ConfigError, OutputLockedError
-from ...records import Completion, DeadLetter, FinishReason
+from ...graph.operator_spec import ANY_KIND
+from ...records import Completion, DeadLetter, FinishReason, KVEvent
 from ...runtime.flow.operator import Operator, OperatorConfig, Port, RecordKind, operator
 from .interval_sync import IntervalSync
 from .output_index import scan_output
@@ -32,7 +33,7 @@ class JsonlSinkConfig(OperatorConfig):
 
 @operator("jsonl_sink")
 class JsonlSink(Operator[JsonlSinkConfig]):
-    """Writes completions and dead letters to a file, one JSON object a line (result_format.py shows them).
+    """Writes completions, dead letters and KV events to a file, one JSON object a line (result_format.py shows them).
 
     Exactly once together with jsonl_source. When it opens, it locks the file against other processes, drops a last
     line that was torn by a kill, and publishes which input lines stand in it; sources do not send those again.
@@ -48,7 +49,7 @@ class JsonlSink(Operator[JsonlSinkConfig]):
     """
 
     config_model = JsonlSinkConfig
-    inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DEAD_LETTER, RecordKind.DELTA})),)
+    inputs = (Port("in", ANY_KIND - {RecordKind.REQUEST, RecordKind.SEQUENCE}),)
     guarantee = "exactly once with jsonl_source, across kill -9; at most once with stdin_source"
     writes = "path"
     example = """\
@@ -132,8 +133,10 @@ edges:
         self.context.resume.publish(finished, self.context.name)
         self._before = self.context.kept.setdefault("before", finished)
 
-    def _stands_already(self, record: Completion | DeadLetter) -> bool:
+    def _stands_already(self, record: Completion | DeadLetter | KVEvent) -> bool:
         """Whether an earlier run wrote that line here, but not everywhere, so that it was computed again."""
+        if isinstance(record, KVEvent):
+            return False
         src = record.src if isinstance(record, DeadLetter) else record.request.src
         if src is None or self._before is None:
             return False
@@ -172,7 +175,7 @@ def _is_written(record: Any) -> bool:
     elif isinstance(record, DeadLetter):
         cancelled = record.request is not None and record.request.cancelled
     else:
-        return False
+        return isinstance(record, KVEvent)
     request = record.request
     computed_again = request is not None and request.src is not None and request.src.fingerprint
     return not (cancelled and computed_again)

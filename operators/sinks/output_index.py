@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CHECK_EVERY = 4096  # lines
-_OPENINGS = (b'{"request_id":', b'{"src":')
+_KV_EVENT = b'{"kv_event":'
+_OPENINGS = (b'{"request_id":', b'{"src":', _KV_EVENT)
 
 
 class _Position(TypedDict):
@@ -55,6 +56,9 @@ def scan_output(fd: int, name: str, check: Callable[[], None] = lambda: None) ->
                 raise ConfigError(_explain_foreign(name, number))
             if not line.endswith(b"\n"):
                 break
+            if line.startswith(_KV_EVENT):
+                end += len(line)
+                continue
             try:
                 src = validate(line)["src"]
             except ValidationError:

@@ -2,10 +2,12 @@
 
     {"request_id", "text", "output_tokens", "finish_reason", "usage", "metrics", "src"}      a Completion
     {"src", "line", "error", "raw"}                                                          a DeadLetter
+    {"kv_event", "seq", "at", ...}                                                           a KVEvent
 
 A completion of n > 1 has `choices` too, its first one is also at the top. `logprobs` and `prompt_logprobs` are there
 if the request asked for them: one `{"token", "logprob", "top": [[token, logprob], ...]}` per position, null for the
-first prompt token. A logprob of minus infinity is null. Every line has `src`, null if the record came from no file.
+first prompt token. A logprob of minus infinity is null. Every other line has `src`, null if the
+record came from no file.
 """
 
 from __future__ import annotations
@@ -14,15 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_json
 
-from ...records import Completion, DeadLetter
+from ...records import Completion, DeadLetter, KVEvent, KVEventKind
 
 if TYPE_CHECKING:
     from ...records import Choice, TokenLogprobs
 
 
-def dump_line(record: Completion | DeadLetter) -> bytes:
+def dump_line(record: Completion | DeadLetter | KVEvent) -> bytes:
     """The record as one line, newline included."""
-    fields = completion_fields(record) if isinstance(record, Completion) else dead_letter_fields(record)
+    if isinstance(record, Completion):
+        fields = completion_fields(record)
+    elif isinstance(record, DeadLetter):
+        fields = dead_letter_fields(record)
+    else:
+        fields = kv_event_fields(record)
     return to_json(fields, inf_nan_mode="null") + b"\n"
 
 
@@ -47,6 +54,18 @@ def dead_letter_fields(letter: DeadLetter) -> dict[str, Any]:
         fields |= {"raw": raw or letter.request.raw, "request_id": letter.request.request_id}
     if src is not None:
         fields |= {"src": src.to_dict(), "line": src.line}
+    return fields
+
+
+def kv_event_fields(event: KVEvent) -> dict[str, Any]:
+    fields: dict[str, Any] = {"kv_event": event.kind.value, "seq": event.seq, "at": event.at}
+    if event.kind is KVEventKind.LOST:
+        return {**fields, "lost": event.lost}
+    if event.kind is KVEventKind.CLEARED:
+        return fields
+    fields |= {"tenant": event.tenant, "tier": event.tier, "start": event.start, "block_hashes": event.block_hashes}
+    if event.kind is KVEventKind.STORED and event.tokens is not None:
+        fields |= {"parent_hash": event.parent_hash, "block_size": event.block_size, "tokens": event.tokens.tolist()}
     return fields
 
 

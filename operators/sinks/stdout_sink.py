@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 
-from ...records import Completion, DeadLetter, TokenDelta
+from ...graph.operator_spec import ANY_KIND
+from ...records import Completion, DeadLetter, KVEvent, TokenDelta
 from ...runtime.flow.operator import Operator, OperatorConfig, Port, RecordKind, operator
 from .result_format import dump_line
 
@@ -19,7 +20,7 @@ _SLICE = 4096  # a pipe that is writable takes this much without blocking
 
 
 class StdoutSinkConfig(OperatorConfig):
-    """`json` prints the lines that jsonl_sink writes, `text` only what the model said."""
+    """`json` prints the lines that jsonl_sink writes, `text` only what the model said: no KV events."""
 
     format: Literal["json", "text"] = "json"
 
@@ -34,7 +35,7 @@ class StdoutSink(Operator[StdoutSinkConfig]):
     """
 
     config_model = StdoutSinkConfig
-    inputs = (Port("in", frozenset({RecordKind.COMPLETION, RecordKind.DEAD_LETTER, RecordKind.DELTA})),)
+    inputs = (Port("in", ANY_KIND - {RecordKind.REQUEST, RecordKind.SEQUENCE}),)
     guarantee = "at most once in a run; the next run of a jsonl_source begins at the file's beginning"
     example = """\
 operators:
@@ -87,6 +88,8 @@ edges:
             return self._show_delta(record).encode("utf-8", "replace")
         if isinstance(record, DeadLetter):
             return f"error: {record.error}\n".encode()
+        if isinstance(record, KVEvent):
+            return b""
         assert isinstance(record, Completion)
         request_id = record.request_id
         self._not_live.discard(request_id)

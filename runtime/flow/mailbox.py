@@ -43,6 +43,10 @@ class Mailbox(Generic[T]):
             self._closed = True
             self._ring()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
     def _ring(self) -> None:
         self._rung = True
         consumer, self._consumer = self._consumer, None

@@ -90,6 +90,7 @@ class OperatorContext:
     base_dir: Path  # relative paths in the configuration start here
     request_drain: Callable[[str], None]  # ask the whole flow to drain, with the reason
     resume: ResumeIndex = field(default_factory=ResumeIndex)  # shared by the flow: what earlier runs finished
+    wired: frozenset[str] = frozenset()  # its outputs that an edge leaves
     kept: dict[str, Any] = field(default_factory=dict)  # what an instance leaves to the one that replaces it
 
 

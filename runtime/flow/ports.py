@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.lowlevel
 
 from ...errors import FlowError
-from ...records import Completion, DeadLetter, Request, TokenDelta
+from ...records import Completion, DeadLetter, KVEvent, Request, TokenDelta
 from .ledger import Outcome, endings_of, request_of
 
 if TYPE_CHECKING:
@@ -238,4 +238,6 @@ def _copy(record: Any) -> Any:
         twin.metrics = copy(twin.metrics)
     elif isinstance(twin, TokenDelta):
         twin.tokens = [*twin.tokens]
+    elif isinstance(twin, KVEvent):
+        twin.block_hashes = [*twin.block_hashes]
     return twin

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sageLLM.errors import ConfigError
 from sageLLM.operators.functions import register_function
 from sageLLM.operators.map import Map
-from sageLLM.records import Request
+from sageLLM.records import KVEvent, KVEventKind, Request
 
 
 @register_function("test_map.in_place")
@@ -81,3 +81,15 @@ def test_a_function_that_is_not_registered():
 def test_a_name_is_given_once():
     with pytest.raises(ConfigError, match="'test_map.shout' is already registered"):
         register_function("test_map.shout")(lambda record: record)
+
+
+@register_function("test_map.rename_tenant")
+def rename_tenant(event):
+    return replace(event, tenant=event.tenant.upper())
+
+
+def test_a_kv_event_belongs_to_no_request(through):
+    event = KVEvent(KVEventKind.STORED, 0, 0.0, tenant="a", block_hashes=["f"])
+    kept, counts = through(Map, {"function": "test_map.rename_tenant"}, [event])
+    assert [(each.tenant, each.num_blocks) for each in kept["out"]] == [("A", 1)]
+    assert not counts

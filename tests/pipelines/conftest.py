@@ -20,6 +20,7 @@ from trio.testing import MockClock
 import sageLLM.operators  # noqa: F401 - registers the built-in stages
 from sageLLM.errors import SageLLMError
 from sageLLM.graph import build_pipeline, registry
+from sageLLM.kv_runtime import block_hashes
 from sageLLM.records import Completion, DeadLetter, Request, SamplingParams, TokenDelta
 from sageLLM.runtime.assembly import assemble
 from sageLLM.runtime.flow.ledger import request_of
@@ -54,6 +55,14 @@ class Keep(Operator[OperatorConfig]):
 
     async def process(self, records, out):
         self.run_of.kept += records
+
+
+class Watch(Keep):
+    """Where KV events end."""
+
+    async def process(self, records, out):
+        self.run_of.events += records
+        await anyio.sleep(self.run_of.watch_every_s)
 
 
 class Fault(Operator[OperatorConfig]):
@@ -98,6 +107,8 @@ class Run:
     seed: int = 0
     stages: tuple[str, ...] = STAGES
     backend: str = "trio"
+    events: list[Any] | None = None  # [] to have decode's events kept here
+    watch_every_s: float = 0
     unsent: list[Request] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
     dropped: list[Any] = field(default_factory=list)
@@ -125,6 +136,9 @@ class Run:
         settings["keep"] = {}
         engine = {"model": {"model_id": "builtin:null"}, **self.engine}
         edges = [" -> ".join([*chain, "keep"]), "*.error -> keep"]
+        if self.events is not None:
+            settings["watch"] = self.operators.get("watch", {})
+            edges.append("decode.events -> watch")
         return build_pipeline({"operators": settings, "edges": edges, "engine": engine})
 
     def __call__(self):
@@ -193,6 +207,8 @@ class Run:
         assert services.worker.num_running == 0
         services.kv.check_integrity(owners=[])
         assert services.kv.available() == services.kv.num_blocks
+        if self.events is not None and self.error is None and not self.watch_every_s:
+            assert cached_by_events(self.events) == cached_blocks(services.kv)
 
     def check_everyone_had_one_end(self):
         """Of a run that was not cut off: each request that went in came out once, and right if it was computed."""
@@ -207,6 +223,33 @@ class Run:
                     assert len(choice.output_tokens) == completion.request.sampling.max_new_tokens
 
 
+def cached_by_events(events):
+    """The blocks that are cached in the end, by tenant and hash, as somebody knows who read every event."""
+    cached = set()
+    assert [event.seq for event in events] == [*range(len(events))]
+    for event in events:
+        blocks = {(event.tenant, name) for name in event.block_hashes}
+        if event.kind == "stored":
+            assert not blocks & cached
+            cached |= blocks
+        elif event.kind == "removed":
+            assert blocks <= cached
+            cached -= blocks
+        else:
+            assert event.kind == "cleared"
+            cached.clear()
+    return cached
+
+
+def cached_blocks(kv):
+    """The full blocks of every prefix in the tree, by tenant and hash."""
+    found = set()
+    for node in kv._tree.nodes():
+        (tenant, salt), tokens = node.prefix()
+        found |= {(tenant, name) for name in block_hashes(tokens, kv.block_size, tenant, salt)}
+    return found
+
+
 def null_tokens(prompt_length, count):
     return [97 + (prompt_length + k) % 26 for k in range(count)]
 
@@ -216,7 +259,7 @@ def _registered(run):
     known = registry._SPECS
     registry._SPECS = dict(known)
     try:
-        for cls in (Feed, Keep, Fault):
+        for cls in (Feed, Keep, Watch, Fault):
             operator(cls.__name__.lower())(type(cls.__name__, (cls,), {"__doc__": cls.__doc__, "run_of": run}))
         yield
     finally:

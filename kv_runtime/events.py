@@ -1,0 +1,178 @@
+"""What the prefix cache stores and removes, as events that somebody may read later, in whole blocks."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from hashlib import sha256
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..records import KVEvent, KVEventKind
+from .node import NO_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .node import Namespace, Node
+    from .pool import Int32Array
+
+_NO_ONE = ("", "")
+
+
+def _root_hash(namespace: Namespace) -> bytes:
+    return sha256("\0".join([str(len(namespace[0])), *namespace]).encode()).digest()[:16]
+
+
+def _chain(parent: bytes, tokens: Int32Array, block_size: int) -> list[bytes]:
+    """The hashes of the whole blocks of `tokens` [T], which follow the block `parent`."""
+    data, step = tokens.tobytes(), 4 * block_size
+    digests = []
+    for begin in range(0, len(data) - step + 1, step):
+        parent = sha256(parent + data[begin : begin + step]).digest()[:16]
+        digests.append(parent)
+    return digests
+
+
+def block_hashes(tokens: Int32Array, block_size: int, tenant: str = "", cache_salt: str = "") -> list[str]:
+    """Return the hash of each whole block of a prompt [T], as KV events name it: 32 hexadecimal digits.
+
+    A block's hash is that of all tokens up to its end and of who may share them: the first 16 bytes of SHA-256 over the
+    hash of the block before and its own tokens as little-endian int32.
+    """
+    prompt = np.asarray(tokens, dtype="<i4")
+    return [digest.hex() for digest in _chain(_root_hash((tenant, cache_salt)), prompt, block_size)]
+
+
+class _Noted(NamedTuple):
+    """An event before anybody has read it."""
+
+    kind: KVEventKind
+    seq: int
+    at: float
+    namespace: Namespace = _NO_ONE
+    start: int = 0
+    parent: bytes = b""
+    digests: tuple[bytes, ...] = ()
+    tokens: Int32Array = NO_TOKENS
+
+    @property
+    def weight(self) -> int:
+        return max(1, len(self.digests))
+
+
+class KVEventLog:
+    """A listener of one cache that keeps what it hears until it is read: of the oldest no more than `max_blocks`.
+
+    `wake` is called after each event, under the cache's lock, from any thread. What was not read in time is lost, and
+    the next event that is read says how many that were. A block of a prefix that ends inside it makes no event until
+    it is full. Costs a hash per stored block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, max_blocks: int) -> None:
+        self.wake: Callable[[], None] = lambda: None
+        self.lost = 0  # events, so far
+        self._block_size = block_size
+        self._max_blocks = max_blocks
+        self._digests = [b""] * num_blocks  # of each full block that is cached
+        self._waiting: deque[_Noted] = deque()
+        self._waiting_blocks = 0
+        self._told_lost = 0
+        self._last_lost = -1
+        self._seq = 0
+        self._lock = Lock()
+
+    # -- what the cache tells -----------------------------------------------------------------------------------------
+
+    def stored(self, node: Node, start: int) -> None:
+        blocks, first = self._full_blocks(node, start)
+        if not blocks:
+            return
+        size = self._block_size
+        begin, end = first * size, (first + len(blocks)) * size
+        namespace, parent, tokens = self._look_up(node, begin)
+        digests = _chain(parent, tokens[: end - begin], size)
+        for block, digest in zip(blocks, digests, strict=True):
+            self._digests[block] = digest
+        self._note(KVEventKind.STORED, namespace, begin, parent if begin else b"", digests, tokens[: end - begin])
+
+    def removed(self, node: Node, start: int) -> None:
+        blocks, first = self._full_blocks(node, start)
+        if blocks:
+            digests = [self._digests[block] for block in blocks]
+            self._note(KVEventKind.REMOVED, node.root_namespace(), first * self._block_size, b"", digests, NO_TOKENS)
+
+    def cleared(self) -> None:
+        self._note(KVEventKind.CLEARED, _NO_ONE, 0, b"", [], NO_TOKENS)
+
+    def _full_blocks(self, node: Node, start: int) -> tuple[list[int], int]:
+        """The blocks whose last token is one of the node's from `start` on, and the index of the first of them."""
+        first, end, offset = start // self._block_size, node.end // self._block_size, node.start // self._block_size
+        return node.blocks[first - offset : max(first, end) - offset].tolist(), first
+
+    def _look_up(self, node: Node, begin: int) -> tuple[Namespace, bytes, Int32Array]:
+        """The namespace, the hash of the block that ends at `begin`, and the tokens from there to the node's end."""
+        runs = [node.tokens[max(0, begin - node.start) :]]
+        while node.start > begin:
+            node = node.parent
+            runs.append(node.tokens[max(0, begin - node.start) :])
+        while begin and node.start >= begin:
+            node = node.parent
+        namespace, size = node.root_namespace(), self._block_size
+        if begin:
+            block = node.blocks.item((begin - 1) // size - node.start // size)
+            parent = self._digests[block]
+        else:
+            parent = _root_hash(namespace)
+        return namespace, parent, np.concatenate(runs[::-1])
+
+    def _note(
+        self,
+        kind: KVEventKind,
+        namespace: Namespace,
+        start: int,
+        parent: bytes,
+        digests: list[bytes],
+        tokens: Int32Array,
+    ) -> None:
+        with self._lock:
+            noted = _Noted(kind, self._seq, time.time(), namespace, start, parent, tuple(digests), tokens)
+            self._seq += 1
+            self._waiting.append(noted)
+            self._waiting_blocks += noted.weight
+            while self._waiting_blocks > self._max_blocks:
+                oldest = self._waiting.popleft()
+                self._waiting_blocks -= oldest.weight
+                self._last_lost = oldest.seq
+                self.lost += 1
+        self.wake()
+
+    # -- what the reader asks -----------------------------------------------------------------------------------------
+
+    def take(self) -> list[KVEvent]:
+        """Return the events that wait, in order, from any one thread."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, deque()
+            self._waiting_blocks = 0
+            lost, self._told_lost = self.lost - self._told_lost, self.lost
+            last_lost = self._last_lost
+        events = [
+            KVEvent(
+                noted.kind,
+                noted.seq,
+                noted.at,
+                tenant=noted.namespace[0],
+                start=noted.start,
+                parent_hash=noted.parent.hex() or None,
+                block_hashes=[digest.hex() for digest in noted.digests],
+                tokens=noted.tokens,
+                block_size=self._block_size,
+            )
+            for noted in waiting
+        ]
+        if lost:
+            at = events[0].at if events else time.time()
+            events.insert(0, KVEvent(KVEventKind.LOST, last_lost, at, lost=lost, tokens=NO_TOKENS))
+        return events
