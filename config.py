@@ -135,7 +135,8 @@ class KVCacheConfig(Config):
 
     `eviction` says which prefix is given up for room: the least recently used one, the least frequently used one, or
     the one that is cheapest to recompute for what it holds and how often it was used. A prefix that nobody used for
-    `ttl_s` seconds is forgotten even if there is room; 0 is never.
+    `ttl_s` seconds is forgotten even if there is room; 0 is never. `granularity` is the unit in which KV moves between
+    workers: BLOCK and LAYER send a layer as soon as it is computed, TOKEN and HEAD all layers at the end of a step.
     """
 
     max_tokens: Positive = 65536
@@ -156,8 +157,6 @@ class KVCacheConfig(Config):
 
     @model_validator(mode="after")
     def _available(self) -> KVCacheConfig:
-        coarse = self.granularity is KVGranularity.BLOCK
-        _refuse(not coarse, f"kv_cache.granularity {self.granularity.name}", "use BLOCK")
         tiered = self.enable_tiering or self.ddr_ratio > 0 or self.nvme_ratio > 0 or self.nvme_path is not None
         _refuse(tiered or self.hbm_ratio < 1, "kv_cache tiering", "leave enable_tiering, the ratios and nvme_path out")
         _refuse(self.enable_migration, "kv_cache.enable_migration", "leave it false")
@@ -182,7 +181,10 @@ class SchedulerConfig(Config):
     `prefill` comes before them); `max_step_tokens` bounds the tokens of one step and so the size of a prompt chunk
     (None: 4096 on a GPU, 512 on a CPU and more there for a small model).
     `mode` `hybrid` mixes decoding rows and prompt chunks in one step; `time_share` takes turns: `prefill_steps` steps
-    of prompts (by default 1), then `decode_steps` of decoding rows (4).
+    of prompts (by default 1), then `decode_steps` of decoding rows (4). `strict` computes prompts on `prefill_workers`
+    and decodes on `decode_workers`, each with a KV pool and `max_batch_size` slots of its own; KV that is not handed
+    over within `transfer_timeout_s` (0 is no limit), or cannot be, is computed again by the decode worker, or the
+    request fails, as `on_transfer_failure` says.
     `launch_ahead` plans and launches a step before the previous one's tokens are read.
 
     `queue_timeout_s` is the longest wait for a lease, `first_token_timeout_s` the longest time from arrival to the
@@ -206,6 +208,8 @@ class SchedulerConfig(Config):
     max_step_tokens: Positive | None = None
     prefill_steps: Positive | None = None
     decode_steps: Positive | None = None
+    on_transfer_failure: Literal["recompute", "fail"] = "recompute"
+    transfer_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     launch_ahead: bool = True
     request_timeout_s: Annotated[float, Field(ge=0)] = 60.0
     queue_timeout_s: Annotated[float, Field(ge=0)] = 30.0
@@ -213,10 +217,12 @@ class SchedulerConfig(Config):
 
     @model_validator(mode="after")
     def _available(self) -> SchedulerConfig:
-        _refuse(self.mode is SchedulerMode.STRICT, "scheduler.mode strict", "use hybrid or time_share")
         if self.mode is not SchedulerMode.TIME_SHARE and (self.prefill_steps or self.decode_steps):
             raise ValueError("prefill_steps and decode_steps are for mode: time_share: write that, or leave them out")
-        _refuse(self.prefill_workers > 1 or self.decode_workers > 1, "more than one worker", "use 1 and 1")
+        if self.mode is not SchedulerMode.STRICT:
+            for name in ("prefill_workers", "decode_workers", "transfer_timeout_s"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is for mode: strict: write that, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -231,6 +237,11 @@ class SchedulerConfig(Config):
         return self
 
     @property
+    def num_workers(self) -> int:
+        """Step loops, each with a KV pool of its own."""
+        return self.prefill_workers + self.decode_workers if self.mode is SchedulerMode.STRICT else 1
+
+    @property
     def time_shares(self) -> tuple[int, int] | None:
         """Steps of prompts and of decoding rows that take turns; None where they share each step."""
         if self.mode is not SchedulerMode.TIME_SHARE:
@@ -241,7 +252,8 @@ class SchedulerConfig(Config):
 class BackendConfig(Config):
     """The device. `backend_type` None detects one: CUDA where there is one, else CPU.
 
-    `device_ids` says which CUDA device, `threads` how many of the CPU's threads; 0 is every core.
+    `device_ids` says which CUDA device, or, one for each worker of scheduler.mode strict, which; `threads` how many
+    of the CPU's threads; 0 is every core.
     """
 
     backend_type: Backend = None
@@ -255,7 +267,6 @@ class BackendConfig(Config):
     def _available(self) -> BackendConfig:
         _refuse(self.tensor_parallel_size > 1, "backend.tensor_parallel_size > 1", "use 1")
         _refuse(self.pipeline_parallel_size > 1, "backend.pipeline_parallel_size > 1", "use 1")
-        _refuse(len(self.device_ids) > 1, "more than one device id", "give one")
         return self
 
 
@@ -294,6 +305,16 @@ class SageLLMConfig(Config):
     def _available(self) -> SageLLMConfig:
         mode = self.inference_mode
         _refuse(mode is not InferenceMode.STANDARD, f"inference_mode {mode.name}", "use STANDARD")
+        if self.scheduler.mode is not SchedulerMode.STRICT:
+            for moved, option in (
+                (self.kv_cache.granularity is not KVGranularity.BLOCK, "kv_cache.granularity"),
+                (self.scheduler.on_transfer_failure == "fail", "scheduler.on_transfer_failure"),
+            ):
+                if moved:
+                    raise ValueError(f"{option} is for KV that moves between workers: write scheduler.mode: strict")
+        if len(self.backend.device_ids) not in (1, self.scheduler.num_workers):
+            wanted = f"one, or {self.scheduler.num_workers}, one for each worker, those for prefill first"
+            raise ValueError(f"backend.device_ids: found {self.backend.device_ids}, give {wanted}")
         caches = self.kv_cache.enable_prefix_caching and self.kv_cache.enable_cross_request_sharing
         if self.scheduler.policy is SchedulerPolicy.LONGEST_PREFIX and not caches:
             raise ValueError(

@@ -63,11 +63,12 @@ class Acquired(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """The KV of `tokens` [T], computed and stored in `blocks`."""
+    """The KV of `tokens` [T], computed and stored in `blocks`; of an earlier `generation` of the cache, it is lost."""
 
     tokens: Int32Array
     blocks: Int32Array
     namespace: Namespace
+    generation: int | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -121,6 +122,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.shares_prefixes = enable_prefix_caching and share_across_requests
+        self.generation = 0  # grows when the contents of the pool are lost
         self._pool = BlockPool(num_blocks)
         self._tree = RadixTree(self._pool, block_size, policy or LRUEviction(), Expiry(ttl_s, clock) if ttl_s else None)
         self._expires = ttl_s > 0
@@ -196,7 +198,7 @@ class KVCache:
             KVCacheError: the blocks are fewer than the tokens need, free, or not of this pool. Nothing has changed.
         """
         size = self.block_size
-        for tokens, blocks, _ in commits:
+        for tokens, blocks, _, _ in commits:
             needed = -(-tokens.size // size)
             if blocks.size < needed:
                 raise KVCacheError(f"{tokens.size} tokens need {needed} blocks of {size}, found {blocks.size}")
@@ -206,7 +208,9 @@ class KVCache:
         with self._lock:
             self._pool.check_referenced(np.concatenate([commit.blocks for commit in commits]))
             inserted = 0
-            for tokens, blocks, namespace in commits:
+            for tokens, blocks, namespace, generation in commits:
+                if generation not in (None, self.generation):
+                    continue
                 inserted += tree.insert(tokens, blocks[: -(-tokens.size // size)], namespace)
             tree.settle()
             self._committed_tokens += inserted
@@ -321,6 +325,12 @@ class KVCache:
     def clear(self) -> None:
         """Forget every prefix. Blocks without an owner become free; the others stay with their owners."""
         with self._lock:
+            self._evicted_blocks += self._tree.clear()
+
+    def lose(self) -> None:
+        """The contents of all blocks are gone: forget every prefix, and refuse commits of what was computed before."""
+        with self._lock:
+            self.generation += 1
             self._evicted_blocks += self._tree.clear()
 
     def check_integrity(self, owners: Iterable[Int32Array] | None = None) -> None:

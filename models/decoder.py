@@ -15,6 +15,8 @@ from torch import Tensor
 from .rope import build_rope_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..backends.base import Backend, Linear, StepLayout
     from .architecture import DecoderConfig
 
@@ -56,9 +58,7 @@ class DecoderModel:
         self._embedding = embedding
         self._layers = layers
         self._lm_head = lm_head
-        self._cos, self._sin = build_rope_table(
-            config.rope, config.head_dim, config.max_seq_len, dtype, backend.device
-        )
+        self._cos, self._sin = build_rope_table(config.rope, config.head_dim, config.max_seq_len, dtype, backend.device)
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """The shape of a pool [N, L, 2, K, P, D] for `Backend.allocate_kv`."""
@@ -66,7 +66,12 @@ class DecoderModel:
 
     @torch.inference_mode()
     def forward(
-        self, input_ids: Tensor, layout: StepLayout, kv: Tensor, logit_rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        layout: StepLayout,
+        kv: Tensor,
+        logit_rows: Tensor | None = None,
+        on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run one step: write the K and V of its tokens to the pool, return logits.
 
@@ -75,6 +80,7 @@ class DecoderModel:
             layout: how the tokens lie; see `StepLayout`.
             kv: the pool [N, L, 2, K, P, D], updated in place.
             logit_rows: [R] int64, the tokens of the step whose logits are wanted; None is all of them.
+            on_layer: called with each layer's number when its K and V are written (on a GPU: queued).
 
         Returns:
             Logits [R, V] in float32, on the device.
@@ -105,6 +111,8 @@ class DecoderModel:
             qk = backend.apply_rope(qk, cos, sin)
             q, k = qk[:, :num_heads], qk[:, num_heads:]
             attended = backend.attend(q, k, v.view(tokens, num_kv_heads, head_dim), kv, index, plan, scale)
+            if on_layer is not None:
+                on_layer(index)
             attended = attended.reshape(tokens, num_heads * head_dim)
             if index == last and logit_rows is not None:
                 attended, hidden = attended[logit_rows], hidden[logit_rows]

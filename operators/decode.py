@@ -64,7 +64,7 @@ edges:
         worker = self.context.engine.worker
         worker.on_decoded = mailbox.put
         if self.config.max_batch is not None:
-            worker.planner.max_decode_batch = self.config.max_batch
+            worker.limit_decode(self.config.max_batch)
 
     async def open(self) -> None:
         """Connect to the worker, and to its cache if somebody reads the events.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
-from ..runtime.scheduler.lease import Lease, namespace_of
+from ..runtime.scheduler.lease import Lease
 
 _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
@@ -35,15 +35,10 @@ class KVCommit(Operator[KVCommitConfig]):
     example = "kv_commit: {outputs: true}"
 
     async def process(self, records: list[Any], out: Outlet) -> None:
-        from ..kv_runtime.cache import Commit
-
         engine = self.context.engine
         computed = [sequence for sequence in records if isinstance(sequence.kv, Lease)]  # the others have ended
-        engine.kv.commit_all(
-            [Commit(sequence.prompt_tokens, sequence.kv.blocks, namespace_of(sequence)) for sequence in computed]
-        )
         for sequence in computed:
             sequence.kv.commit_outputs = self.config.outputs
-            engine.leases.prefix_computed(sequence, sequence.kv)
+        engine.leases.commit(computed)
         engine.worker.on_leases_returned()
         await out.send(records)

@@ -30,6 +30,6 @@ class KVLookup(Operator[OperatorConfig]):
 
     async def process(self, records: list[Any], out: Outlet) -> None:
         prompts = [(sequence.prompt_tokens, namespace_of(sequence)) for sequence in records]
-        for sequence, cached in zip(records, self.context.engine.kv.count_cached(prompts), strict=True):
+        for sequence, cached in zip(records, self.context.engine.leases.count_cached(prompts), strict=True):
             sequence.kv = PrefixHint(cached)
         await out.send(records)

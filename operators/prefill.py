@@ -33,7 +33,7 @@ class Prefill(WorkerDoor[WorkerDoorConfig]):
         worker = self.context.engine.worker
         worker.on_prefilled = mailbox.put
         if self.config.max_batch is not None:
-            worker.planner.max_prefill_batch = self.config.max_batch
+            worker.limit_prefill(self.config.max_batch)
 
     def _submit(self, sequences: list[Sequence]) -> None:
         self.context.engine.worker.submit_prefill(sequences)

@@ -16,25 +16,25 @@ _KEPT = 10  # one part in so many of what is free is left to the steps' own tens
 _MOST_BLOCKS = 2**31 - 1  # their ids are int32
 
 
-def check_slots(max_batch_size: int, max_seq_len: int, block_size: int) -> None:
-    """Whether the resident table of so many slots fits.
+def check_slots(max_batch_size: int, max_seq_len: int, block_size: int, num_workers: int = 1) -> None:
+    """Whether the resident tables of so many slots fit, one for each worker.
 
     Raises:
         ConfigError: it does not.
     """
-    bytes_each = _SLOT_BYTES + 4 * (max_seq_len + -(-max_seq_len // block_size))
+    bytes_each = num_workers * (_SLOT_BYTES + 4 * (max_seq_len + -(-max_seq_len // block_size)))
     free = memory_bytes()[0]
     most = _usable(free) // bytes_each
     _refuse_above("scheduler.max_batch_size", max_batch_size, most, max_batch_size * bytes_each, free)
 
 
-def check_kv_pool(kv: KVCacheConfig, block_bytes: int, free: int) -> None:
-    """Whether a pool with blocks of so many bytes, and its books, fit into `free` bytes.
+def check_kv_pool(kv: KVCacheConfig, block_bytes: int, free: int, num_pools: int = 1) -> None:
+    """Whether pools with blocks of so many bytes, and their books, fit into `free` bytes.
 
     Raises:
         ConfigError: they do not.
     """
-    bytes_each = block_bytes + _BOOKS_PER_BLOCK
+    bytes_each = num_pools * (block_bytes + _BOOKS_PER_BLOCK)
     needed = kv.max_tokens // kv.block_size * bytes_each
     most = min(_usable(free) // bytes_each, _MOST_BLOCKS) * kv.block_size
     _refuse_above("kv_cache.max_tokens", kv.max_tokens, most, needed, free)

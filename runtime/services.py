@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ..backends.host import memory_bytes
-from ..config import BackendType
-from ..errors import ConfigError, EngineClosedError
+from ..config import SchedulerMode
+from ..errors import EngineClosedError
 from ..kv_runtime.cache import KVCache
 from ..kv_runtime.eviction import make_eviction_policy
 from .calls import CallDesk
+from .executors import make_executors
 from .flow.groups import lone_error_unwrapped
-from .memory import check_kv_pool, check_slots
 from .scheduler.lease import LeaseBook
 from .scheduler.policies import make_scheduler_policy
 from .scheduler.timeouts import Timeouts
@@ -27,14 +25,18 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from ..backends.base import Backend
-    from ..config import BackendConfig, SageLLMConfig
+    from ..config import SageLLMConfig
     from ..graph.pipeline import Pipeline
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
     from ..records import Request, Sequence
+    from .scheduler.handover import PairedLeases
+    from .worker.disaggregated import DisaggregatedWorkers
     from .worker.executor import Executor
     from .worker.stop_strings import StopStringMatcher
     from .worker.worker import Worker
+
+AnyWorker = TypeVar("AnyWorker", bound="Worker")
 
 
 class EngineServices:
@@ -62,7 +64,16 @@ class EngineServices:
         return load_tokenizer(self.model)
 
     @cached_property
+    def kv_caches(self) -> list[KVCache]:
+        """The books of each worker's pool; in mode strict those of the workers for prefill come first."""
+        return [self._make_kv_cache() for _ in range(self.config.scheduler.num_workers)]
+
+    @property
     def kv(self) -> KVCache:
+        """The books of the only pool, or of the first worker's."""
+        return self.kv_caches[0]
+
+    def _make_kv_cache(self) -> KVCache:
         kv = self.config.kv_cache
         return KVCache(
             kv.max_tokens // kv.block_size,
@@ -75,10 +86,15 @@ class EngineServices:
         )
 
     @cached_property
-    def leases(self) -> LeaseBook:
+    def leases(self) -> LeaseBook | PairedLeases:
         scheduler = self.config.scheduler
-        policy = make_scheduler_policy(scheduler, self.kv)
-        return LeaseBook(self.kv, scheduler.max_batch_size, self.config.kv_cache.block_size, policy)
+        slots, size = scheduler.max_batch_size, self.config.kv_cache.block_size
+        policy = make_scheduler_policy(scheduler, lambda prompts: self.leases.count_cached(prompts, touch=False))
+        if scheduler.mode is not SchedulerMode.STRICT:
+            return LeaseBook(self.kv, slots, size, policy)
+        from .scheduler.handover import PairedLeases
+
+        return PairedLeases.over(self.kv_caches, scheduler.prefill_workers, slots, size, policy)
 
     @cached_property
     def calls(self) -> CallDesk:
@@ -105,36 +121,34 @@ class EngineServices:
         return "null" if self.is_null else self.backend.name
 
     @cached_property
-    def executor(self) -> Executor:
-        slots, kv = self.config.scheduler.max_batch_size, self.config.kv_cache
-        check_slots(slots, self.model.architecture.max_seq_len, kv.block_size)
-        if self.is_null:
-            from .worker.executor import NullExecutor
-
-            _refuse_device(self.config.backend)
-            check_kv_pool(kv, 0, memory_bytes()[0])
-            return NullExecutor(slots)
-        from ..models.weights import load_model
-        from .worker.torch_executor import TorchExecutor
-
-        model = load_model(self.model, self.backend)
-        block_bytes = prod(model.kv_shape(1, kv.block_size)) * model.kv_dtype.itemsize
-        check_kv_pool(kv, block_bytes, self.backend.memory_bytes()[0])
-        return TorchExecutor(model, self.backend, self.kv.num_blocks, kv.block_size, slots)
+    def executors(self) -> list[Executor]:
+        """One for each worker."""
+        return make_executors(self.config, self.model, None if self.is_null else self.backend)
 
     @cached_property
-    def worker(self) -> Worker:
+    def worker(self) -> Worker | DisaggregatedWorkers:
+        from .worker.disaggregated import DecodeWorker, DisaggregatedWorkers, PrefillWorker
         from .worker.worker import Worker
 
+        executors, leases = self.executors, self.leases  # executors first: they refuse what does not fit
+        if isinstance(leases, LeaseBook):
+            return self._make_worker(Worker, executors[0], leases)
+        count = len(leases.prefill)
+        prefill = [self._make_worker(PrefillWorker, *pair) for pair in zip(executors, leases.prefill, strict=False)]
+        decode = [self._make_worker(DecodeWorker, *pair) for pair in zip(executors[count:], leases.decode, strict=True)]
+        for executor in executors[:count]:
+            executor.connect([peer.pool for peer in executors[count:]])
+        return DisaggregatedWorkers(prefill, decode)
+
+    def _make_worker(self, kind: type[AnyWorker], executor: Executor, leases: LeaseBook) -> AnyWorker:
         scheduler = self.config.scheduler
-        step_tokens = scheduler.max_step_tokens or self._default_step_tokens()
-        return Worker(
-            self.executor,
-            self.kv,
-            self.leases,
+        return kind(
+            executor,
+            leases.kv,
+            leases,
             scheduler,
             self.model.architecture.max_seq_len,
-            step_tokens,
+            scheduler.max_step_tokens or self._default_step_tokens(),
             self._make_stop_matcher,
             self.clock,
         )
@@ -176,15 +190,19 @@ class EngineServices:
             return
         from .worker.driver import TaskDriver, ThreadDriver
 
-        driver = TaskDriver(self.worker) if self.is_null else ThreadDriver(self.worker)
+        kind = TaskDriver if self.is_null else ThreadDriver
+        drivers = [kind(worker) for worker in self.worker.workers]
         with lone_error_unwrapped():
             async with anyio.create_task_group() as tasks:
-                driver.start(tasks)
+                for driver in drivers:
+                    driver.start(tasks)
                 try:
                     yield
                 finally:
-                    driver.stop()
-                    self.executor.close()
+                    for driver in drivers:
+                        driver.stop()
+                    for executor in self.executors:
+                        executor.close()
 
     def cancel(self, requests: list[Request]) -> None:
         """End requests wherever they are; from any thread."""
@@ -214,24 +232,25 @@ class EngineServices:
     def get_stats(self) -> dict[str, Any]:
         """Counters of what has been built so far."""
         stats: dict[str, Any] = {}
-        if "kv" in self.__dict__:
-            kv = self.kv
-            cache = kv.stats()
+        if "kv_caches" in self.__dict__:
+            kvs = self.kv_caches
+            caches = [kv.stats() for kv in kvs]
             stats["kv_pool"] = {
-                "num_blocks": kv.num_blocks,
+                "num_blocks": sum(kv.num_blocks for kv in kvs),
                 "block_size": self.config.kv_cache.block_size,
-                "free_blocks": kv.num_free,
-                "available_blocks": kv.available(),
-                "usage": kv.usage(),
+                "free_blocks": sum(kv.num_free for kv in kvs),
+                "available_blocks": sum(kv.available() for kv in kvs),
+                "usage": sum(kv.usage() for kv in kvs) / len(kvs),
             }
+            queried, hit = (sum(getattr(cache, name) for cache in caches) for name in ("queried_tokens", "hit_tokens"))
             stats["kv_cache"] = {
-                "cache_queries": cache.queries,
-                "cache_hits": cache.hits,
-                "queried_tokens": cache.queried_tokens,
-                "hit_tokens": cache.hit_tokens,
-                "hit_rate": cache.hit_tokens / cache.queried_tokens if cache.queried_tokens else 0.0,
-                "evicted_blocks": cache.evicted_blocks,
-                "cached_blocks": cache.cached_blocks,
+                "cache_queries": sum(cache.queries for cache in caches),
+                "cache_hits": sum(cache.hits for cache in caches),
+                "queried_tokens": queried,
+                "hit_tokens": hit,
+                "hit_rate": hit / queried if queried else 0.0,
+                "evicted_blocks": sum(cache.evicted_blocks for cache in caches),
+                "cached_blocks": sum(cache.cached_blocks for cache in caches),
             }
         if "worker" in self.__dict__:
             stats["worker"] = {
@@ -240,11 +259,3 @@ class EngineServices:
                 "preemptions": self.worker.preemptions,
             }
         return stats
-
-
-def _refuse_device(backend: BackendConfig) -> None:
-    asks = backend.device_ids != [0] or backend.threads or backend.cpu_kernels != "auto"
-    if backend.backend_type is BackendType.CUDA or asks:
-        raise ConfigError(
-            "backend: builtin:null runs on no device: leave backend_type, device_ids, threads and cpu_kernels out"
-        )

@@ -148,7 +148,7 @@ def test_a_failed_engine_says_why_and_starts_afresh(null_engine, monkeypatch):
 def test_a_failed_engine_has_left_no_memory_when_it_starts_again(monkeypatch):
     config = SageLLMConfig(model=ModelConfig(model_id="builtin:pydoc-tiny"), kv_cache={"max_tokens": 512})
     with SageLLMEngine(config) as engine:
-        pool = weakref.ref(engine._services.executor._kv)
+        pool = weakref.ref(engine._services.executors[0]._kv)
         with monkeypatch.context() as patch:
             fail_when_called(patch)
             with pytest.raises(RequestError):
@@ -178,7 +178,7 @@ def test_after_shutdown_no_thread_and_no_memory_is_left():
     with engine:
         engine.generate(GenerateRequest(prompt="a", max_new_tokens=2))
         services = weakref.ref(engine._services)
-        weights = weakref.ref(engine._services.executor._kv)
+        weights = weakref.ref(engine._services.executors[0]._kv)
     gc.collect()
     assert services() is None
     assert weights() is None

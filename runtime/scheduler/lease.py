@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
 
     from ...kv_runtime.cache import Acquired, KVCache, Want
+    from ...kv_runtime.pool import Int32Array
     from ...records import Request, Sequence
+    from .handover import Handover
     from .policies import Policy
 
 Namespace = tuple[str, str]
@@ -48,8 +50,11 @@ class Lease:
     hit_tokens: int
     copy: BlockCopy | None
     fork_blocks: NDArray[np.int32]  # one for each further choice whose prompt ends inside a block
+    worker: int  # whose slots and blocks these are: its place among the workers of its kind
+    generation: int  # of the KV cache, when it was granted: hits of an earlier one are lost
     commit_outputs: bool = False
     prefix_key: PrefixKey | None = None
+    handover: Handover | None = None  # where the prompt's KV goes once it is computed; None: it stays
 
 
 @dataclass(slots=True)
@@ -62,17 +67,20 @@ class PrefixHint:
 
 @dataclass(slots=True)
 class LeaseBook:
-    """Grants and takes back leases. All methods may be called from any thread, but `grant` from the policy's."""
+    """Grants and takes back the leases of one worker. All methods may be called from any thread, but `grant` from the
+    policy's."""
 
     kv: KVCache
     num_slots: int
     block_size: int
     policy: Policy
+    worker: int = 0
     paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
     _computing: dict[PrefixKey, list[Sequence]] = field(default_factory=dict)
     _in_transit: dict[int, tuple[Sequence, Lease]] = field(default_factory=dict)  # by id of the request
+    _to_compute: dict[int, int] = field(default_factory=dict)  # tokens of the prompts that have a lease, by id of it
     _changing: int = 0  # calls under way that hold blocks which `_in_transit` does not show
 
     def __post_init__(self) -> None:
@@ -81,6 +89,14 @@ class LeaseBook:
     @property
     def free_slots(self) -> int:
         return len(self._free)
+
+    def room(self) -> tuple[int, int]:
+        """Slots and blocks that could be granted now."""
+        return len(self._free), self.kv.available()
+
+    def count_cached(self, prompts: Iterable[tuple[Int32Array, Namespace]], *, touch: bool = True) -> list[int]:
+        """How many tokens of each prompt a lease would find computed; see `KVCache.count_cached`."""
+        return self.kv.count_cached(prompts, touch=touch)
 
     def check_fits(self, sequence: Sequence) -> None:
         """Refuse what could never run.
@@ -132,6 +148,23 @@ class LeaseBook:
         hint.prefix_key = key
         return True
 
+    def foreseen_hit(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt are cached, or will be once those that were announced are computed."""
+        from ...kv_runtime.node import common_prefix_length
+
+        if not may_reuse(sequence):
+            return 0
+        prompt, namespace = sequence.prompt_tokens, namespace_of(sequence)
+        (cached,) = self.kv.count_cached([(prompt, namespace)], touch=False)
+        with self._lock:
+            others = [*self._computing.get((namespace, prompt[: self.block_size].tobytes()), ())]
+        return max([cached, *(common_prefix_length(other.prompt_tokens, prompt) for other in others)])
+
+    @property
+    def load(self) -> int:
+        """Tokens of prompts that have a lease and are not computed, or not let go."""
+        return sum([*self._to_compute.values()])
+
     def grant(self, sequences: list[Sequence]) -> list[Lease]:
         """Give slots and blocks to as many of the sequences, from the first on, as there are enough for.
 
@@ -145,14 +178,21 @@ class LeaseBook:
                     break
                 slots.append([self._free.pop() for _ in range(count)])
         with self._change():
+            generation = self.kv.generation  # before: what is lost meanwhile is no hit
             acquired = self.kv.acquire(self._wants(sequences[: len(slots)]))
-            leases = [self._make_lease(*granted) for granted in zip(sequences, slots, acquired, strict=False)]
+            leases = [
+                self._make_lease(*granted, generation) for granted in zip(sequences, slots, acquired, strict=False)
+            ]
         for unused in slots[len(leases) :]:
             self.give_back_slots(unused)
         for sequence in sequences[len(leases) :]:
-            if isinstance(sequence.kv, PrefixHint):
-                self._retract(sequence, sequence.kv)
+            self.withdraw(sequence)
         return leases
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """What `announce` noted does not come about for now."""
+        if isinstance(sequence.kv, PrefixHint):
+            self._retract(sequence, sequence.kv)
 
     def _wants(self, sequences: list[Sequence]) -> list[Want]:
         from ...kv_runtime.cache import Want
@@ -165,7 +205,18 @@ class LeaseBook:
             wants.append(Want(sequence.prompt_tokens, namespace_of(sequence), limit, forks))
         return wants
 
-    def _make_lease(self, sequence: Sequence, slots: list[int], acquired: Acquired) -> Lease:
+    def _make_lease(self, sequence: Sequence, slots: list[int], acquired: Acquired, generation: int) -> Lease:
+        lease = self._lay_out(sequence, slots, acquired, generation)
+        if isinstance(sequence.kv, PrefixHint):
+            lease.prefix_key = sequence.kv.prefix_key
+            if len(sequence.prompt_tokens) - lease.hit_tokens <= self.block_size:
+                self._retract(sequence, lease)
+        self.policy.charge(sequence)
+        self._to_compute[id(lease)] = len(sequence.prompt_tokens) - lease.hit_tokens
+        self._in_transit[id(sequence.request)] = (sequence, lease)
+        return lease
+
+    def _lay_out(self, sequence: Sequence, slots: list[int], acquired: Acquired, generation: int) -> Lease:
         import numpy as np
 
         size, length = self.block_size, len(sequence.prompt_tokens)
@@ -174,14 +225,23 @@ class LeaseBook:
         own = -(-length // size) - full
         copy = BlockCopy(int(shared[full]), int(fresh[0])) if hit % size else None
         blocks = np.concatenate([shared[:full], fresh[:own]]) if full else fresh[:own]
-        lease = Lease(slots, blocks, hit, copy, fresh[own:])
-        if isinstance(sequence.kv, PrefixHint):
-            lease.prefix_key = sequence.kv.prefix_key
-            if length - hit <= size:
-                self._retract(sequence, lease)
-        self.policy.charge(sequence)
-        self._in_transit[id(sequence.request)] = (sequence, lease)
-        return lease
+        return Lease(slots, blocks, hit, copy, fresh[own:], self.worker, generation)
+
+    def commit(self, sequences: list[Sequence]) -> None:
+        """Make the KV of prompts that were computed reusable; their leases are in `sequence.kv`."""
+        self._commit((sequence, sequence.kv) for sequence in sequences)
+        for sequence in sequences:
+            self.prefix_computed(sequence, sequence.kv)
+
+    def _commit(self, computed: Iterable[tuple[Sequence, Lease]]) -> None:
+        from ...kv_runtime.cache import Commit
+
+        self.kv.commit_all(
+            [
+                Commit(sequence.prompt_tokens, lease.blocks, namespace_of(sequence), lease.generation)
+                for sequence, lease in computed
+            ]
+        )
 
     def prefix_computed(self, sequence: Sequence, lease: Lease) -> None:
         """The prompt's KV is in the tree, or never will be: nobody needs to wait for it."""
@@ -229,8 +289,15 @@ class LeaseBook:
 
     def end(self, sequence: Sequence, lease: Lease) -> None:
         """The last row of a sequence has ended; its slots and blocks were given back row by row."""
-        self.prefix_computed(sequence, lease)
+        self.let_go(sequence, lease)
         self.policy.settle(sequence, used=True)
+        if lease.handover is not None:
+            lease.handover.give_back(sequence)
+
+    def let_go(self, sequence: Sequence, lease: Lease) -> None:
+        """The worker has no more to do with it: it has ended, or another worker goes on with it."""
+        self.prefix_computed(sequence, lease)
+        self._to_compute.pop(id(lease), None)
 
     def give_back_slots(self, slots: list[int]) -> None:
         """Rows ended."""
@@ -239,8 +306,13 @@ class LeaseBook:
 
     def give_back_unused(self, sequence: Sequence, lease: Lease) -> None:
         """Return a lease that the worker never used."""
-        self.prefix_computed(sequence, lease)
+        self.let_go(sequence, lease)
         self.policy.settle(sequence, used=False)
+        self._free_all(lease)
+        if lease.handover is not None:
+            lease.handover.give_back(sequence)
+
+    def _free_all(self, lease: Lease) -> None:
         self.kv.release(lease.blocks)
         self.kv.release(lease.fork_blocks)
         if lease.copy is not None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -25,6 +27,23 @@ class PromptChunk:
     top_logprobs: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class KVExport:
+    """KV of the tokens [start, end) of a row: once this step has computed it, it goes to another worker's pool.
+
+    Whoever takes the plan calls `done` exactly once, when nobody will read the source or write to the target any more.
+    """
+
+    slot: int
+    epoch: int  # of the slot, when this was planned
+    peer: int  # which of the pools that the executor is connected to
+    start: int
+    end: int
+    source_blocks: NDArray[np.int32]  # [n], from the block on that holds `start`
+    target_blocks: NDArray[np.int32]  # [n], of the peer's pool
+    done: Callable[[], None]
+
+
 @dataclass(slots=True)
 class StepPlan:
     """One step. Rows are the decoding slots in order, then the chunks; tokens lie in the same order."""
@@ -38,6 +57,7 @@ class StepPlan:
     sample_rows: NDArray[np.int64]  # [R] index of the token, among the step's T, whose logits are sampled
     sample_steps: NDArray[np.int64]  # [R] index of the output token
     sample_epochs: NDArray[np.int64]  # [R] the slots' epochs when this was planned
+    exports: list[KVExport] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -53,3 +73,4 @@ class StepResult:
     top_ids: NDArray[np.int64] | None = None  # [R, k]
     top_logprobs: NDArray[np.float32] | None = None  # [R, k]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # by chunk index
+    failed_exports: dict[int, str] = field(default_factory=dict)  # by export index: what went wrong

@@ -10,7 +10,7 @@ import numpy as np
 from ...errors import KVCacheError
 from ...kv_runtime.pool import NO_BLOCKS
 from .lease import BlockCopy, namespace_of
-from .plan import PromptChunk, StepPlan
+from .plan import KVExport, PromptChunk, StepPlan
 from .resident import ResidentTable, RowState
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ class Planner:
         self._kv.release(blocks)
         self._kv.release(row.owner.lease.fork_blocks)
         row.owner.lease.fork_blocks = NO_BLOCKS
+        if row.owner.lease.handover is not None:
+            row.owner.lease.handover.start_again()
         table.num_blocks[slot] = 0
         table.computed[slot] = 0
         table.launched[slot] = table.outputs_read[slot]
@@ -278,7 +280,17 @@ class Planner:
             sample_rows=sample_rows,
             sample_steps=table.launched[sample_slots],
             sample_epochs=table.epoch[sample_slots],
+            exports=[*filter(None, map(self._export, chunks))],
         )
+
+    def _export(self, chunk: PromptChunk) -> KVExport | None:
+        """What is to be handed over once a chunk is computed."""
+        row = self._table.rows[chunk.slot]
+        assert row is not None
+        handover, end = row.owner.lease.handover, chunk.start + len(chunk.tokens)
+        if handover is None or handover.error is not None or end <= handover.sent:
+            return None
+        return handover.export(chunk.slot, chunk.epoch, self._kv, self._table.row_blocks(chunk.slot), end)
 
     def _advance(self, decode: NDArray[np.int64], chunks: list[PromptChunk], sampled: list[list[int]]) -> None:
         table = self._table
@@ -296,11 +308,11 @@ class Planner:
                 assert row is not None
                 (resumed if row.owner.decoding else held).extend(slots)
                 if len(slots) > 1:
-                    self._fork(chunk.slot, slots[1:])
+                    self.fork(chunk.slot, slots[1:])
         table.state[held] = RowState.HELD
         table.state[resumed] = RowState.DECODE
 
-    def _fork(self, first: int, others: list[int]) -> None:
+    def fork(self, first: int, others: list[int]) -> None:
         """Give the further choices the prompt's blocks; one that is partly filled is copied for each."""
         table = self._table
         row = table.rows[first]

@@ -15,11 +15,14 @@ from ...errors import RequestError
 from .lease import may_reuse, namespace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from ...config import SchedulerConfig
-    from ...kv_runtime.cache import KVCache
+    from ...kv_runtime.pool import Int32Array
     from ...records import Request, Sequence
+    from .lease import Namespace
+
+    CountCached = Callable[[list[tuple[Int32Array, Namespace]]], list[int]]
 
 _DEFAULT_MAX_OVERTAKES = 64
 _OUTPUT_PRICE = 2  # what an output token counts in prompt tokens, as in VTC
@@ -59,8 +62,8 @@ class Policy(Protocol):
         ...
 
 
-def make_scheduler_policy(config: SchedulerConfig, kv: KVCache) -> Policy:
-    """Build the policy that the configuration asks for."""
+def make_scheduler_policy(config: SchedulerConfig, count_cached: CountCached) -> Policy:
+    """Build the policy that the configuration asks for; `count_cached` tells how many tokens of each prompt are."""
     max_overtakes = config.max_overtakes or _DEFAULT_MAX_OVERTAKES
     match config.policy:
         case SchedulerPolicy.FCFS:
@@ -72,7 +75,7 @@ def make_scheduler_policy(config: SchedulerConfig, kv: KVCache) -> Policy:
         case SchedulerPolicy.SHORTEST_JOB:
             return ShortestJob(max_overtakes)
         case SchedulerPolicy.LONGEST_PREFIX:
-            return LongestPrefix(max_overtakes, kv)
+            return LongestPrefix(max_overtakes, count_cached)
         case SchedulerPolicy.FAIR_SHARE:
             return FairShare(config.tenant_weights)
 
@@ -187,14 +190,14 @@ class LongestPrefix(ShortestJob):
     Programs", 2024). What is cached is asked anew whenever somebody may get a lease.
     """
 
-    def __init__(self, max_overtakes: int, kv: KVCache) -> None:
+    def __init__(self, max_overtakes: int, count_cached: CountCached) -> None:
         super().__init__(max_overtakes)
-        self._kv = kv
+        self._count_cached = count_cached
 
     def _sorted(self, sequences: list[Sequence]) -> list[Sequence]:
         reusing = [sequence for sequence in sequences if may_reuse(sequence)]
         prompts = [(sequence.prompt_tokens, namespace_of(sequence)) for sequence in reusing]
-        counts = self._kv.count_cached(prompts, touch=False)
+        counts = self._count_cached(prompts)
         cached = {id(sequence): count for sequence, count in zip(reusing, counts, strict=True)}
         return sorted(sequences, key=lambda sequence: -cached.get(id(sequence), 0))
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ...records import Request
+    from .handover import PairedLeases
     from .lease import LeaseBook
     from .timeouts import Timeouts
 
@@ -30,7 +31,9 @@ class WaitingQueue:
     the prompts of all that wait come to, and the KV blocks that they fill. `clock` gives monotonic seconds.
     """
 
-    def __init__(self, leases: LeaseBook, timeouts: Timeouts, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, leases: LeaseBook | PairedLeases, timeouts: Timeouts, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._leases = leases
         self._timeouts = timeouts
         self._clock = clock
@@ -64,7 +67,7 @@ class WaitingQueue:
     def take_granted(self) -> list[Sequence]:
         """Grant leases in the policy's order until one does not fit; the granted carry their lease in `kv`."""
         leases = self._leases
-        slots, blocks = leases.free_slots, leases.kv.available()
+        slots, blocks = leases.room()
         if not slots or blocks <= 0:
             return []
         candidates: list[Sequence] = []
@@ -96,9 +99,7 @@ class WaitingQueue:
         lines = [
             sequence
             for sequence in self._waiting
-            if sequence.request.src is not None
-            and sequence.request.src.fingerprint
-            and not is_copied(sequence.request)
+            if sequence.request.src is not None and sequence.request.src.fingerprint and not is_copied(sequence.request)
         ]
         for sequence in lines:
             sequence.request.cancelled = True

@@ -97,11 +97,7 @@ class Collector:
         sequence, token = row.owner.sequence, int(result.tokens[at])
         if sequence.request.stream and row.owner.decoding:
             decoded.append(TokenDelta(sequence, row.choice.index, [token]))
-        matcher = self._matchers.get(slot)
-        if matcher is not None:
-            found = matcher.push([token])
-            if found is not None:
-                self._matched[slot] = found[1]
+        self.push(slot, [token])
         wanted = sequence.sampling.logprobs
         if wanted is not None and result.logprobs is not None:
             top: list[tuple[int, float]] = []
@@ -143,6 +139,18 @@ class Collector:
             return []
         reasons = (FinishReason.STOP if stop else FinishReason.LENGTH for stop in stopped[ended].tolist())
         return list(zip(slots[ended].tolist(), reasons, strict=True))
+
+    def push(self, slot: int, tokens: list[int]) -> None:
+        """Note what a row that enters has produced elsewhere."""
+        matcher = self._matchers.get(slot)
+        if matcher is not None and (found := matcher.push(tokens)) is not None:
+            self._matched[slot] = found[1]
+
+    def forget(self, slots: list[int]) -> None:
+        """Rows leave without an end."""
+        for slot in slots:
+            self._matched.pop(slot, None)
+            self._matchers.pop(slot, None)
 
     def fill_choices(self, endings: list[Ending]) -> None:
         """Write rows' outputs into their choices and their times into their sequences."""

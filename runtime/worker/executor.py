@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,7 +22,16 @@ class StepHandle(Protocol):
 
 
 class Executor(Protocol):
-    """Owns the model, the KV tensor and the sampling state of every slot."""
+    """Owns the model, the KV pool and the sampling state of every slot."""
+
+    @property
+    def pool(self) -> Any:
+        """What another executor's `connect` takes, so that it can write KV here."""
+        ...
+
+    def connect(self, peers: list[Any]) -> None:
+        """The pools of the executors that prompts are handed over to: a plan's exports name one by its place."""
+        ...
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
         """Prepare a slot for a row that enters."""
@@ -40,7 +49,8 @@ class Executor(Protocol):
         """Queue the step on the device and return without waiting for it, where the device allows.
 
         Where it raises, or the step's `result` does, the plan's rows are lost. Copies, and slots admitted, are not:
-        other rows rely on them.
+        other rows rely on them. Unless it raises itself each export is `done` in the end; the result waits for the
+        exports, and tells which of them failed.
         """
         ...
 
@@ -62,8 +72,13 @@ class _NullHandle:
 class NullExecutor:
     """The null model: output token k is byte 97 + (prompt length + k) % 26, at once. It costs what the engine costs."""
 
+    pool = None
+
     def __init__(self, num_slots: int) -> None:
         self._prompt_length = np.zeros(num_slots, np.int64)
+
+    def connect(self, peers: list[Any]) -> None:
+        """There is no KV to hand over."""
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
         self._prompt_length[slot] = len(sequence.prompt_tokens)
@@ -77,6 +92,8 @@ class NullExecutor:
     def launch(self, plan: StepPlan) -> StepHandle:
         from ..scheduler.plan import StepResult
 
+        for export in plan.exports:
+            export.done()
         tokens = 97 + (self._prompt_length[plan.sample_slots] + plan.sample_steps) % 26
         return _NullHandle(StepResult(tokens))
 

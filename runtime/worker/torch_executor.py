@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 
 from ...backends.base import StepLayout
+from ...config import KVGranularity
 from ..scheduler.plan import StepResult
+from .kv_sender import KVSender
 from .logprobs import prompt_logprobs, to_records
 from .sampling import SamplingState
 
@@ -48,7 +51,18 @@ class TorchExecutor:
     Rows outside a step that fails lose nothing by it: their copies and admissions come before the next one.
     """
 
-    def __init__(self, model: DecoderModel, backend: Backend, num_blocks: int, block_size: int, num_slots: int) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        backend: Backend,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        handover_unit: KVGranularity = KVGranularity.LAYER,
+        transfer_timeout_s: float = 0.0,
+    ) -> None:
+        """Allocate everything. KV is handed over in `handover_unit`s; a step's may take `transfer_timeout_s`, 0 is any
+        time."""
         self._model = model
         self._backend = backend
         self._block_size = block_size
@@ -61,6 +75,16 @@ class TorchExecutor:
         self._copies: list[list[tuple[int, int]]] = []  # of the plans that no launch has taken
         self._to_admit: dict[int, Callable[[], None]] = {}  # on the device thread: slots that have not been sampled
         self._to_copy: deque[list[tuple[int, int]]] = deque()  # on the device thread
+        self._handover = (handover_unit, transfer_timeout_s)
+        self._sender: KVSender | None = None
+
+    @property
+    def pool(self) -> Tensor:
+        """The KV pool [N, L, 2, K, P, D]."""
+        return self._kv
+
+    def connect(self, peers: list[Tensor]) -> None:
+        self._sender = KVSender(self._kv, peers, *self._handover)
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
         self._rows[slot] = (sequence, choice)
@@ -71,15 +95,7 @@ class TorchExecutor:
 
     def _change(self, slot: int, outputs: tuple[int, ...]) -> None:
         sequence, choice = self._rows[slot]
-        self._changed[slot] = partial(
-            self._sampling.admit,
-            slot,
-            sequence.sampling,
-            sequence.prompt_tokens,
-            sequence.eos_token_ids,
-            output_tokens=outputs,
-            choice=choice,
-        )
+        self._changed[slot] = partial(self._admit, slot, sequence, choice, outputs)
 
     def release(self, slot: int) -> None:
         self._rows.pop(slot, None)
@@ -93,14 +109,34 @@ class TorchExecutor:
         return step
 
     def close(self) -> None:
-        """Wait for what was launched and end the device thread."""
+        """Wait for what was launched and end the threads."""
         self._thread.shutdown()
+        if self._sender is not None:
+            self._sender.close()
 
     # -- on the device thread ----------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _run(
         self, plan: StepPlan, changed: dict[int, Callable[[], None] | None], copies: list[list[tuple[int, int]]]
+    ) -> Callable[[], StepResult]:
+        if not plan.exports:
+            return self._compute(plan, changed, copies, None)
+        assert self._sender is not None
+        sending, computed = self._sender.begin(plan.exports), False
+        try:
+            read = self._compute(plan, changed, copies, sending.send_layer)
+            computed = True
+        finally:
+            sending.end(computed)
+        return lambda: replace(read(), failed_exports=sending.failed())
+
+    def _compute(
+        self,
+        plan: StepPlan,
+        changed: dict[int, Callable[[], None] | None],
+        copies: list[list[tuple[int, int]]],
+        on_layer: Callable[[int], None] | None,
     ) -> Callable[[], StepResult]:
         self._note(changed, copies)
         self._copy_blocks()
@@ -109,7 +145,7 @@ class TorchExecutor:
         layout = self._lay_out(plan)
         input_ids = self._input_ids(plan)
         logit_rows, sample_at = self._logit_rows(plan)
-        logits = self._model.forward(input_ids, layout, self._kv, logit_rows)
+        logits = self._model.forward(input_ids, layout, self._kv, logit_rows, on_layer)
         told = self._prompt_logprobs(plan, logits) if logit_rows is None else None
         if not len(plan.sample_slots):
             return lambda: StepResult(np.empty(0, np.int64), prompt_logprobs=_read_prompt_logprobs(told))
@@ -141,6 +177,18 @@ class TorchExecutor:
             for slot in self._to_admit.keys() & plan.sample_slots.tolist():
                 self._to_admit[slot]()
                 del self._to_admit[slot]
+
+    def _admit(self, slot: int, sequence: Sequence, choice: int, outputs: tuple[int, ...]) -> None:
+        self._sampling.admit(
+            slot,
+            sequence.sampling,
+            sequence.prompt_tokens,
+            sequence.eos_token_ids,
+            output_tokens=outputs,
+            choice=choice,
+        )
+        if outputs:
+            self._newest[slot] = outputs[-1]
 
     def _input_ids(self, plan: StepPlan) -> Tensor:
         device = self._backend.device

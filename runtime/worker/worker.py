@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ...config import SchedulerConfig
     from ...kv_runtime.cache import KVCache
     from ...records import Request
-    from ..scheduler.plan import StepPlan
+    from ..scheduler.plan import StepPlan, StepResult
     from .collector import Ending, MakeStopMatcher
     from .executor import Executor, StepHandle
 
@@ -59,6 +59,7 @@ class Worker:
         self.on_leases_returned: Callable[[], None] = lambda: None
         self.on_submitted: Callable[[], None] = lambda: None
         self.failure: BaseException | None = None
+        self.workers = [self]
         self.steps = 0
         self._executor = executor
         self._kv = kv
@@ -117,6 +118,14 @@ class Worker:
         resident = [request for request in requests if id(request) in self._resident]
         if resident and self.failure is None:
             self._put(self._reclaim, resident)
+
+    def limit_prefill(self, max_batch: int) -> None:
+        """From the next step on compute at most so many prompts at once."""
+        self.planner.max_prefill_batch = max_batch
+
+    def limit_decode(self, max_batch: int) -> None:
+        """From the next step on give at most so many rows a token at once."""
+        self.planner.max_decode_batch = max_batch
 
     def _put(self, handler: Callable[[Any], None], argument: Any) -> None:
         with self._wakeup:  # what gets into the inbox before `abandon` is answered by it
@@ -182,6 +191,8 @@ class Worker:
         try:
             handle = self._executor.launch(plan)
         except Exception as error:  # the step is lost, the worker is not
+            for export in plan.exports:
+                export.done()
             self._fail_step(plan, error)
             return True
         self._unread.append((plan, handle))
@@ -196,6 +207,9 @@ class Worker:
         except Exception as error:
             self._fail_step(plan, error)
             return
+        self._apply(plan, result)
+
+    def _apply(self, plan: StepPlan, result: StepResult) -> None:
         self._collector.collect(plan, result, self._prefilled, self._decoded)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
@@ -233,6 +247,8 @@ class Worker:
                 self._give_up(partial(self._admit, new), new, self._prefilled)
             elif handler == self._start_decode:
                 self._give_up(partial(self._start_decode, argument), argument, self._decoded)
+            else:
+                self._give_up(partial(handler, argument), [], self._decoded)
         for owner in list(self._resident.values()):
             owner.sequence.error = f"the worker failed: {error!r}"
             back = self._decoded if owner.decoding else self._prefilled

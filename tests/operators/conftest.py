@@ -207,7 +207,7 @@ def plans_of(monkeypatch):
     """`plans_of(engine)` -> a list that gets every step's plan."""
 
     def record(engine):
-        plans, executor = [], engine.services.executor
+        plans, executor = [], engine.services.executors[0]
         launch = executor.launch
         monkeypatch.setattr(executor, "launch", lambda plan: plans.append(plan) or launch(plan))
         return plans

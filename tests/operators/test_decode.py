@@ -159,7 +159,7 @@ def test_a_step_that_fails_rejects_its_sequences(on_loop, null_engine, monkeypat
         def fail(plan):
             raise RuntimeError("the device stumbled")
 
-        monkeypatch.setattr(engine.services.executor, "launch", fail)
+        monkeypatch.setattr(engine.services.executors[0], "launch", fail)
         assert await decode.put(*computed) == []
         assert decode.errors == ["RuntimeError: the device stumbled"]
         assert sequence.choices[0].output_tokens  # what it had

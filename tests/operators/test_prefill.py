@@ -99,7 +99,7 @@ def test_cancelled_on_the_way_it_comes_back_ended_and_frees_its_lease(on_loop, n
 def test_a_step_that_fails_rejects_its_sequences_and_the_next_ones_pass(on_loop, null_engine, monkeypatch):
     engine = null_engine()
     bad, good = engine.sequence([1] * 5), engine.sequence([2] * 5)
-    executor = engine.services.executor
+    executor = engine.services.executors[0]
     launch = executor.launch
 
     def launch_once_badly(plan):

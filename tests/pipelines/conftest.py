@@ -25,6 +25,7 @@ from sageLLM.records import Completion, DeadLetter, Request, SamplingParams, Tok
 from sageLLM.runtime.assembly import assemble
 from sageLLM.runtime.flow.ledger import request_of
 from sageLLM.runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
+from sageLLM.runtime.scheduler.lease import LeaseBook
 from sageLLM.runtime.services import EngineServices
 
 STAGES = ("tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize", "metrics")
@@ -201,12 +202,15 @@ class Run:
         assert counters["in_flight"] == 0
         assert counters["accepted"] == sum(counters[name] for name in ("done", "error", "cancelled", "shed"))
         services = self.services
-        assert services.leases.free_slots == services.leases.num_slots
-        assert not services.leases.any_in_transit
-        assert not services.leases._computing
+        leases = services.leases
         assert services.worker.num_running == 0
-        services.kv.check_integrity(owners=[])
-        assert services.kv.available() == services.kv.num_blocks
+        for book in [leases] if isinstance(leases, LeaseBook) else [*leases.prefill, *leases.decode]:
+            assert book.free_slots == book.num_slots
+            assert not book.any_in_transit
+            assert not book._computing
+            assert not book.load
+            book.kv.check_integrity(owners=[])
+            assert book.kv.available() == book.kv.num_blocks
         if self.events is not None and self.error is None and not self.watch_every_s:
             assert cached_by_events(self.events) == cached_blocks(services.kv)
 

@@ -15,6 +15,8 @@ from sageLLM.records import Request, SamplingParams
 FAULTS = ("raise", "raise after", "drop", "reject", "cancel", "delay")
 WHERE = ("tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize")
 
+MODES = ({}, {"mode": "time_share"}, {"mode": "strict"}, {"mode": "strict", "prefill_workers": 2, "decode_workers": 2})
+
 faults = st.dictionaries(
     st.sampled_from(WHERE),
     st.dictionaries(st.sampled_from(FAULTS), st.sampled_from((0.02, 0.1, 0.5)), min_size=1, max_size=3),
@@ -29,9 +31,8 @@ engines = st.fixed_dictionaries(
                 "max_batch_size": st.integers(3, 8),
                 "max_step_tokens": st.sampled_from((8, 64)),
                 "launch_ahead": st.booleans(),
-                "mode": st.sampled_from(("hybrid", "time_share")),
-            }
-        ),
+            },
+        ).flatmap(lambda common: st.sampled_from([{**common, **mode} for mode in MODES])),
     }
 )
 many = settings(

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import random
 import time
 from itertools import count
 
 import numpy as np
 import pytest
 
-from sageLLM.config import KVCacheConfig, SchedulerConfig
+from sageLLM.config import KVCacheConfig, SchedulerConfig, SchedulerMode
 from sageLLM.kv_runtime import KVCache, make_eviction_policy
 from sageLLM.records import Request, SamplingParams, Sequence
-from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint, namespace_of
+from sageLLM.runtime.scheduler.handover import PairedLeases
+from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint
 from sageLLM.runtime.scheduler.policies import make_scheduler_policy
 from sageLLM.runtime.scheduler.timeouts import Timeouts
 from sageLLM.runtime.scheduler.waiting import WaitingQueue
+from sageLLM.runtime.worker.disaggregated import DecodeWorker, DisaggregatedWorkers, PrefillWorker
 from sageLLM.runtime.worker.executor import NullExecutor
 from sageLLM.runtime.worker.worker import Worker
 
 
 class Bench:
-    """Waiting queue, leases, KV books and a worker; `run` plays schedule, prefill, kv_commit and decode.
+    """Waiting queue, leases, KV books and workers; `run` plays schedule, prefill, kv_commit and decode.
 
-    For `kv_cache`'s `eviction` and `ttl_s` a second passes each time that the KV books look at their clock.
+    For `kv_cache`'s `eviction` and `ttl_s` a second passes each time that the KV books look at their clock. With mode
+    strict `executor` is a function that makes one for each worker; `seed` says in which order the workers take turns.
     """
 
     def __init__(
@@ -34,25 +38,50 @@ class Bench:
         stop_matcher=None,
         kv_cache=(),
         clock=time.monotonic,
+        seed=0,
         **scheduler,
     ):
         config = SchedulerConfig(**{"max_batch_size": 8, **scheduler})
         kv_config = KVCacheConfig(**dict(kv_cache))
-        policy = make_eviction_policy(kv_config.eviction)
-        self.kv = KVCache(blocks, block_size, policy=policy, ttl_s=kv_config.ttl_s, clock=count().__next__)
-        self.leases = LeaseBook(self.kv, config.max_batch_size, block_size, make_scheduler_policy(config, self.kv))
+        ticks = count().__next__
+        self.kvs = [
+            KVCache(
+                blocks, block_size, policy=make_eviction_policy(kv_config.eviction), ttl_s=kv_config.ttl_s, clock=ticks
+            )
+            for _ in range(config.num_workers)
+        ]
+        self.kv = self.kvs[0]
+        policy = make_scheduler_policy(config, lambda prompts: self.leases.count_cached(prompts, touch=False))
+        slots = config.max_batch_size
+        strict = config.mode is SchedulerMode.STRICT
+        if strict:
+            self.leases = PairedLeases.over(self.kvs, config.prefill_workers, slots, block_size, policy)
+            books = [*self.leases.prefill, *self.leases.decode]
+        else:
+            self.leases = LeaseBook(self.kv, slots, block_size, policy)
+            books = [self.leases]
+        self.books = books
         self.waiting = WaitingQueue(self.leases, Timeouts.of(config), clock)
-        executor = executor or NullExecutor(config.max_batch_size)
-        self.worker = Worker(
-            executor,
-            self.kv,
-            self.leases,
-            config,
-            4096,
-            config.max_step_tokens or 64,
-            stop_matcher or (lambda s: None),
-            clock,
+        make_executor = executor if strict and executor else lambda: executor or NullExecutor(slots)
+        executors = [make_executor() for _ in books]
+        kinds = (
+            [PrefillWorker] * config.prefill_workers + [DecodeWorker] * config.decode_workers if strict else [Worker]
         )
+        workers = [
+            kind(
+                each, book.kv, book, config, 4096, config.max_step_tokens or 64, stop_matcher or (lambda s: None), clock
+            )
+            for kind, each, book in zip(kinds, executors, books, strict=True)
+        ]
+        if strict:
+            prefill, decode = workers[: config.prefill_workers], workers[config.prefill_workers :]
+            for each in executors[: len(prefill)]:
+                each.connect([peer.pool for peer in executors[len(prefill) :]])
+            self.worker = DisaggregatedWorkers(prefill, decode)
+        else:
+            (self.worker,) = workers
+        self.executors = executors
+        self._chance = random.Random(seed)
         self.commit = commit
         self.deltas = []
         self.finished = []
@@ -62,10 +91,10 @@ class Bench:
     def _prefilled(self, sequences):
         for sequence in sequences:
             if not sequence.ended and self.commit:
-                self.kv.commit(sequence.prompt_tokens, sequence.kv.blocks, namespace_of(sequence))
                 sequence.kv.commit_outputs = True
-                self.leases.prefix_computed(sequence, sequence.kv)
-        self.worker.submit_decode(sequences)
+                self.leases.commit([sequence])
+        self.finished += [sequence for sequence in sequences if sequence.ended]
+        self.worker.submit_decode([sequence for sequence in sequences if not sequence.ended])
 
     def _decoded(self, records):
         for record in records:
@@ -93,16 +122,29 @@ class Bench:
             granted = self.waiting.take_granted()
             if granted:
                 self.worker.submit_prefill(granted)
-            if not self.worker.step() and not len(self.waiting) and not self.worker.num_running:
+            if not self.step() and not len(self.waiting) and not self.worker.num_running:
                 return self.finished
         raise AssertionError(f"not done after {limit} steps: {len(self.waiting)} waiting")
 
+    def step(self):
+        """A step of each worker, in any order; False when all of them are idle."""
+        workers = [*self.worker.workers]
+        self._chance.shuffle(workers)
+        worked = [worker.step() for worker in workers]
+        return any(worked)
+
+    def close(self):
+        for executor in self.executors:
+            executor.close()
+
     def check_nothing_leaks(self):
-        assert self.leases.free_slots == self.leases.num_slots
-        assert not self.leases.any_in_transit
-        assert not self.leases._computing
-        self.kv.check_integrity(owners=[])
-        assert self.kv.available() == self.kv.num_blocks
+        for book in self.books:
+            assert book.free_slots == book.num_slots
+            assert not book.any_in_transit
+            assert not book._computing
+            assert not book.load
+            book.kv.check_integrity(owners=[])
+            assert book.kv.available() == book.kv.num_blocks
 
 
 @pytest.fixture

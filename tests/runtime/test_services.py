@@ -7,7 +7,7 @@ import pytest
 from sageLLM.backends import host, torch_ops
 from sageLLM.config import KVCacheConfig, SageLLMConfig
 from sageLLM.errors import ConfigError
-from sageLLM.runtime import memory, services
+from sageLLM.runtime import executors, memory
 from sageLLM.runtime.services import EngineServices
 
 
@@ -29,7 +29,7 @@ def test_the_null_model_refuses_a_device(backend):
 )
 def test_what_does_not_fit_into_memory_is_refused_with_what_would(monkeypatch, model, section, option, found):
     monkeypatch.setattr(host, "memory_bytes", lambda: (8 << 30, 16 << 30))
-    for module in (services, memory, torch_ops):
+    for module in (executors, memory, torch_ops):
         monkeypatch.setattr(module, "memory_bytes", host.memory_bytes)
     values = {"model": {"model_id": model}, "backend": {"backend_type": "cpu"}, section: {option: found}}
     refusal = rf"^{section}.{option}: found {found}, which needs .* are 8.0 GiB free"

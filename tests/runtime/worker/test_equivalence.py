@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sageLLM.backends import detect_backend
 from sageLLM.backends.cpu import AVX512Backend
-from sageLLM.config import BackendConfig, KVEviction, ModelConfig, SchedulerPolicy
+from sageLLM.config import BackendConfig, KVEviction, KVGranularity, ModelConfig, SchedulerPolicy
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
 from sageLLM.runtime.worker.torch_executor import TorchExecutor
@@ -59,11 +59,15 @@ def oracle(folder):
     return greedy
 
 
-def make_bench(bench, loaded, blocks=64, block_size=4, **options):
+def make_bench(bench, loaded, blocks=64, block_size=4, unit=KVGranularity.LAYER, **options):
     model, backend = loaded
     slots = options.get("max_batch_size", 8)
-    executor = TorchExecutor(model, backend, blocks, block_size, slots)
-    return bench(blocks=blocks, block_size=block_size, executor=executor, **options), executor
+
+    def make_executor():
+        return TorchExecutor(model, backend, blocks, block_size, slots, unit)
+
+    executor = make_executor if options.get("mode") == "strict" else make_executor()
+    return bench(blocks=blocks, block_size=block_size, executor=executor, **options)
 
 
 # Few prompts that share prefixes, so that mixes hit the cache and transformers computes each only once.
@@ -85,21 +89,28 @@ def test_our_kernels_keep_that_promise_in_bfloat16(bench, loaded_bfloat16, data)
     """No two roundings of the same sum: what a prompt gives alone and whole, it gives in any mix."""
 
     def alone(prompt, count):
-        b, executor = make_bench(bench, loaded_bfloat16, max_step_tokens=64)
+        b = make_bench(bench, loaded_bfloat16, max_step_tokens=64)
         sequence = b.sequence(prompt, max_new_tokens=count)
         b.offer(sequence)
         b.run()
-        executor.close()
+        b.close()
         return sequence.choices[0].output_tokens
 
     check_any_mix(bench, loaded_bfloat16, alone, data)
 
 
-MODES = ({"mode": "hybrid"}, {"mode": "time_share"}, {"mode": "time_share", "prefill_steps": 3, "decode_steps": 1})
+MODES = (
+    {"mode": "hybrid"},
+    {"mode": "time_share"},
+    {"mode": "time_share", "prefill_steps": 3, "decode_steps": 1},
+    {"mode": "strict"},
+    {"mode": "strict", "prefill_workers": 2, "decode_workers": 2},
+    {"mode": "strict", "decode_workers": 3},
+)
 
 
 def check_any_mix(bench, loaded, oracle, data) -> None:
-    b, executor = make_bench(
+    b = make_bench(
         bench,
         loaded,
         blocks=data.draw(st.sampled_from([20, 28, 64]), label="blocks"),  # 20 forces preemption
@@ -115,6 +126,8 @@ def check_any_mix(bench, loaded, oracle, data) -> None:
             "eviction": data.draw(st.sampled_from(KVEviction), label="eviction"),
             "ttl_s": data.draw(st.sampled_from([0, 5, 50]), label="ttl"),
         },
+        unit=data.draw(st.sampled_from(KVGranularity), label="unit of handover"),
+        seed=data.draw(st.integers(0, 99), label="order of the workers"),
         **data.draw(st.sampled_from(MODES), label="mode"),
     )
     picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
@@ -125,7 +138,7 @@ def check_any_mix(bench, loaded, oracle, data) -> None:
         sequence.request.deadline_ms = 1000.0 - 7 * index if index % 2 else None
     b.offer(*sequences)
     b.run()
-    executor.close()
+    b.close()
     for sequence, (prompt, count) in zip(sequences, picks, strict=True):
         assert sequence.error is None
         assert [c.output_tokens for c in sequence.choices] == [oracle(prompt, count)] * n
@@ -133,11 +146,11 @@ def check_any_mix(bench, loaded, oracle, data) -> None:
 
 
 def test_a_pool_too_small_for_all_preempts_and_tells_the_same(bench, loaded, oracle):
-    b, executor = make_bench(bench, loaded, blocks=20)
+    b = make_bench(bench, loaded, blocks=20)
     sequences = [b.sequence(prompt, max_new_tokens=24) for prompt in PROMPTS[4:]]
     b.offer(*sequences)
     b.run()
-    executor.close()
+    b.close()
     assert b.worker.preemptions > 0
     for sequence in sequences:
         assert sequence.choices[0].output_tokens == oracle(sequence.prompt_tokens.tolist(), 24)
@@ -145,11 +158,11 @@ def test_a_pool_too_small_for_all_preempts_and_tells_the_same(bench, loaded, ora
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(bench, loaded):
     def run(*others):
-        b, executor = make_bench(bench, loaded)
+        b = make_bench(bench, loaded)
         mine = b.sequence(PROMPTS[3], max_new_tokens=16, temperature=1.0, seed=11, n=2)
         b.offer(*(b.sequence(p, max_new_tokens=9, temperature=0.7, seed=i) for i, p in enumerate(others)), mine)
         b.run()
-        executor.close()
+        b.close()
         return [c.output_tokens for c in mine.choices]
 
     alone = run()
@@ -160,11 +173,11 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(bench, loaded):
 def test_logprobs_are_the_models_own(bench, loaded, folder):
     from transformers import AutoModelForCausalLM
 
-    b, executor = make_bench(bench, loaded, max_step_tokens=4)
+    b = make_bench(bench, loaded, max_step_tokens=4)
     sequence = b.sequence(PROMPTS[5], max_new_tokens=6, logprobs=3, prompt_logprobs=2)
     b.offer(sequence)
     b.run()
-    executor.close()
+    b.close()
     choice = sequence.choices[0]
     tokens = torch.tensor([[*PROMPTS[5], *choice.output_tokens]])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,0 +1,79 @@
+"""Builds the executors of an engine: one for each worker, those of mode strict's prefill workers first."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..backends.host import memory_bytes
+from ..config import BackendType, KVGranularity
+from ..errors import ConfigError
+from .memory import check_kv_pool, check_slots
+
+if TYPE_CHECKING:
+    from ..backends.base import Backend
+    from ..config import BackendConfig, SageLLMConfig
+    from ..models.decoder import DecoderModel
+    from ..models.resolve import ResolvedModel
+    from .worker.executor import Executor
+
+
+def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend | None) -> list[Executor]:
+    """Load the model on `backend` and on the other devices that are asked for, and allocate every worker's KV pool.
+
+    Without a backend it is the null model.
+
+    Raises:
+        ConfigError: the slots or the KV pools do not fit into memory, or a device cannot be had.
+    """
+    scheduler, kv = config.scheduler, config.kv_cache
+    check_slots(scheduler.max_batch_size, model.architecture.max_seq_len, kv.block_size, scheduler.num_workers)
+    if backend is None:
+        from .worker.executor import NullExecutor
+
+        _refuse_device(config.backend)
+        check_kv_pool(kv, 0, memory_bytes()[0], scheduler.num_workers)
+        return [NullExecutor(scheduler.max_batch_size) for _ in range(scheduler.num_workers)]
+    first, *others = config.backend.device_ids
+    devices = [first, *others] if others else [first] * scheduler.num_workers
+    backends = {first: backend}
+    loaded = {}
+    for device in dict.fromkeys(devices):
+        on_device = backends.get(device) or _detect(config.backend, device)
+        loaded[device] = (_load(config, model, on_device, devices.count(device)), on_device)
+    return [_make_executor(config, *loaded[device]) for device in devices]
+
+
+def _detect(config: BackendConfig, device: int) -> Backend:
+    from ..backends import detect_backend
+
+    return detect_backend(config.model_copy(update={"device_ids": [device]}))
+
+
+def _load(config: SageLLMConfig, resolved: ResolvedModel, backend: Backend, num_pools: int) -> DecoderModel:
+    """The model, where so many KV pools fit beside it."""
+    from ..models.weights import load_model
+
+    model = load_model(resolved, backend)
+    block_bytes = prod(model.kv_shape(1, config.kv_cache.block_size)) * model.kv_dtype.itemsize
+    check_kv_pool(config.kv_cache, block_bytes, backend.memory_bytes()[0], num_pools)
+    return model
+
+
+def _make_executor(config: SageLLMConfig, model: DecoderModel, backend: Backend) -> Executor:
+    from .worker.torch_executor import TorchExecutor
+
+    kv, scheduler = config.kv_cache, config.scheduler
+    unit = KVGranularity.LAYER if kv.granularity is KVGranularity.BLOCK else kv.granularity
+    num_blocks = kv.max_tokens // kv.block_size
+    return TorchExecutor(
+        model, backend, num_blocks, kv.block_size, scheduler.max_batch_size, unit, scheduler.transfer_timeout_s
+    )
+
+
+def _refuse_device(backend: BackendConfig) -> None:
+    asks = backend.device_ids != [0] or backend.threads or backend.cpu_kernels != "auto"
+    if backend.backend_type is BackendType.CUDA or asks:
+        raise ConfigError(
+            "backend: builtin:null runs on no device: leave backend_type, device_ids, threads and cpu_kernels out"
+        )
