@@ -195,3 +195,35 @@ def test_logprobs_are_the_models_own(bench, loaded, folder):
         assert told.token == PROMPTS[5][position]
         assert told.logprob == pytest.approx(expected[position - 1, told.token].item(), abs=1e-4)
         assert len(told.top) == 2
+
+
+@pytest.mark.parametrize("lost", ["a copy", "the time", "a step"])
+def test_kv_that_does_not_arrive_changes_no_token(bench, loaded, oracle, monkeypatch, lost):
+    """Every other copy fails, or all of them are late: the decode worker computes those prompts itself."""
+    from sageLLM.runtime.worker import kv_sender
+
+    calls, copy = [], kv_sender.copy_kv
+
+    def stumble(*arguments):
+        calls.append(None)
+        if lost == "a copy" and len(calls) % 2:
+            raise RuntimeError("the test says so")
+        copy(*arguments)
+
+    monkeypatch.setattr(kv_sender, "copy_kv", stumble)
+    b = make_bench(bench, loaded, mode="strict", max_step_tokens=8)
+    if lost == "the time":
+        b.executors[0]._sender.timeout_s = 1e-9
+    if lost == "a step":
+        forward, failing = loaded[0].forward, iter([False, True, False, False, True])
+        monkeypatch.setattr(loaded[0], "forward", lambda *a: 1 / 0 if next(failing, False) else forward(*a))
+    sequences = [b.sequence(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    b.offer(*sequences)
+    b.run()
+    b.close()
+    assert len(b.finished) == len(sequences)
+    for sequence in sequences:
+        if lost != "a step" or sequence.error is None:
+            assert sequence.error is None
+            assert sequence.choices[0].output_tokens == oracle(sequence.prompt_tokens.tolist(), 12)
+    b.check_nothing_leaks()
