@@ -1,12 +1,10 @@
 """`sagellm bench kv-trace`: what share of a trace's KV blocks the prefix cache would have had, per size and policy.
 
-A trace is that of Mooncake (https://github.com/kvcache-ai/Mooncake): JSON lines, each a request, whose `hash_ids`
-name the blocks of 512 tokens of its prompt; equal ids are equal blocks after equal prefixes.
+What a trace is says `traces.py`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,15 +14,15 @@ import numpy as np
 from ..errors import ConfigError
 from ..kv_runtime import KVCache, Want, make_eviction_policy
 from ..kv_runtime.eviction import ATTENTION_PARITY
+from .traces import HASH_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from ..config import KVEviction
     from ..kv_runtime.pool import Int32Array
 
-PARITY = ATTENTION_PARITY / 512  # in the trace's blocks
+PARITY = ATTENTION_PARITY / HASH_BLOCK  # in the trace's blocks
 NAMESPACE = ("", "")
 
 
@@ -48,35 +46,6 @@ class Replay:
     @property
     def lookups_per_second(self) -> float:
         return self.lookups / self.seconds
-
-
-def read_trace(path: Path) -> list[Int32Array]:
-    """Return each request's block ids, numbered anew from 0, in the order of the trace.
-
-    Raises:
-        ConfigError: the file cannot be read, a line is no request of such a trace, or none asks for a block.
-    """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    requests = [_read_ids(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    joined = np.concatenate([np.empty(0, np.int64), *requests])
-    if not joined.size:
-        raise ConfigError(f'{path}: no block to look up: give a file with a line {{"hash_ids": [0, 1]}} per request')
-    _, numbers = np.unique(joined, return_inverse=True)
-    return np.split(numbers.astype(np.int32), np.cumsum([ids.size for ids in requests])[:-1])
-
-
-def _read_ids(path: Path, number: int, line: bytes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    try:
-        ids = json.loads(line)["hash_ids"]
-        if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-            raise TypeError
-        return np.array(ids, np.int64)
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
-        found = line[:60].decode("utf-8", "replace")
-        raise ConfigError(f'{path}:{number}: found {found}, write {{"hash_ids": [0, 1]}}, ids below 2^63') from error
 
 
 def replay(requests: Sequence[Int32Array], num_blocks: int | None, eviction: KVEviction) -> Replay:

@@ -96,11 +96,12 @@ def kv_trace(trace: Path, sizes: tuple[int, ...], policies: tuple[str, ...]) -> 
 
     What that saves of the time to compute the prompts is an estimate, for 7 to 8 billion parameters.
     """
-    from ..benchmarks.kv_trace import read_trace, replay
+    from ..benchmarks.kv_trace import replay
     from ..benchmarks.measurement import format_table
+    from ..benchmarks.traces import read_block_ids
     from ..config import KVEviction
 
-    requests, rows = read_trace(trace), []
+    requests, rows = read_block_ids(trace), []
     for size in sizes:
         for policy in policies:
             result = replay(requests, size or None, KVEviction(policy))

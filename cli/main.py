@@ -17,6 +17,7 @@ VERBS = {
     "operators": ("operators", "List operator types, or describe one."),
     "echo": ("echo", "Print a pipeline with every reference resolved."),
     "schema": ("schema", "Print the JSON Schema of pipelines, for editors."),
+    "simulate": ("simulate", "Replay a trace through a pipeline's scheduler in virtual time."),
     "bench": ("bench", "Measure."),
 }
 

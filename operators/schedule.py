@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from ..records import Sequence
+    from ..runtime.scheduler.waiting import WaitingQueue
 
 _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
@@ -32,6 +33,14 @@ class ScheduleConfig(OperatorConfig):
     max_waiting: int = Field(default=256, gt=0)
     max_waiting_tokens: int | None = Field(default=None, gt=0)
     max_waiting_blocks: int | None = Field(default=None, gt=0)
+
+    def is_reached(self, waiting: WaitingQueue) -> bool:
+        """Whether nobody else may begin to wait."""
+        return (
+            len(waiting) >= self.max_waiting
+            or (self.max_waiting_tokens is not None and waiting.tokens >= self.max_waiting_tokens)
+            or (self.max_waiting_blocks is not None and waiting.blocks >= self.max_waiting_blocks)
+        )
 
 
 @operator("schedule")
@@ -88,7 +97,7 @@ class Schedule(Operator[ScheduleConfig]):
             if refused:
                 await out.reject(refused)
             self._wake()
-            while self._is_full():
+            while self.config.is_reached(self._waiting):
                 self._room = anyio.Event()
                 await self._room.wait()
         self._ended = True
@@ -99,7 +108,7 @@ class Schedule(Operator[ScheduleConfig]):
             if self.context.engine.lets_go:
                 out.drop(self._waiting.take_lines(self.context.ledger.is_copied))
             passing: list[Sequence] = self._waiting.take_ended() + self._waiting.take_granted()
-            if not self._is_full():
+            if not self.config.is_reached(self._waiting):
                 self._room.set()
             if passing:
                 await out.send(passing)
@@ -108,14 +117,6 @@ class Schedule(Operator[ScheduleConfig]):
                 return
             with anyio.move_on_after(self._time_to_timeout()):
                 await self._returned.get()
-
-    def _is_full(self) -> bool:
-        waiting, config = self._waiting, self.config
-        return (
-            len(waiting) >= config.max_waiting
-            or (config.max_waiting_tokens is not None and waiting.tokens >= config.max_waiting_tokens)
-            or (config.max_waiting_blocks is not None and waiting.blocks >= config.max_waiting_blocks)
-        )
 
     def _time_to_timeout(self) -> float | None:
         earliest = self._waiting.next_timeout()

@@ -9,7 +9,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from sageLLM.benchmarks.kv_trace import read_trace, replay
+from sageLLM.benchmarks.kv_trace import replay
+from sageLLM.benchmarks.traces import read_block_ids
 from sageLLM.config import KVEviction
 from sageLLM.errors import ConfigError
 
@@ -51,7 +52,7 @@ def lru_hits(requests, size):
 @pytest.mark.parametrize("size", [16, 40, 100])
 def test_lru_hits_what_a_plain_list_would(tmp_path, size, seed):
     requests = conversations(300, seed)
-    result = replay(read_trace(write(tmp_path / "trace.jsonl", requests)), size, KVEviction.LRU)
+    result = replay(read_block_ids(write(tmp_path / "trace.jsonl", requests)), size, KVEviction.LRU)
     assert result.lookups == 300
     assert result.looked_up_blocks == sum(map(len, requests))
     assert result.hit_blocks == lru_hits(requests, size)
@@ -60,7 +61,7 @@ def test_lru_hits_what_a_plain_list_would(tmp_path, size, seed):
 @pytest.mark.parametrize("eviction", KVEviction)
 def test_an_unlimited_pool_hits_all_that_came_before(tmp_path, eviction):
     requests = conversations(300)
-    result = replay(read_trace(write(tmp_path / "trace.jsonl", requests)), None, eviction)
+    result = replay(read_block_ids(write(tmp_path / "trace.jsonl", requests)), None, eviction)
     distinct = len({block for ids in requests for block in ids})
     assert result.hit_blocks == result.looked_up_blocks - distinct
     assert result.hit_rate == pytest.approx(1 - distinct / result.looked_up_blocks)
@@ -68,14 +69,14 @@ def test_an_unlimited_pool_hits_all_that_came_before(tmp_path, eviction):
 
 
 def test_late_blocks_save_more_time_than_early_ones(tmp_path):
-    trace = read_trace(write(tmp_path / "trace.jsonl", [[*range(96)], [*range(48)]]))
+    trace = read_block_ids(write(tmp_path / "trace.jsonl", [[*range(96)], [*range(48)]]))
     result = replay(trace, None, KVEviction.COST)
     assert result.hit_rate == pytest.approx(48 / 144)
     assert result.saved_time == pytest.approx((48 + 24) / (96 + 96 + 48 + 24)), "attention costs as much from 48 on"
 
 
 def test_ids_of_any_size_are_numbered_anew(tmp_path):
-    trace = read_trace(write(tmp_path / "trace.jsonl", [[2**62, 5], [], [2**62, 7]]))
+    trace = read_block_ids(write(tmp_path / "trace.jsonl", [[2**62, 5], [], [2**62, 7]]))
     assert [ids.tolist() for ids in trace] == [[2, 0], [], [2, 1]]
     assert {ids.dtype for ids in trace} == {np.dtype(np.int32)}
     assert replay(trace, 2, KVEviction.LRU).hit_blocks == 1
@@ -86,27 +87,27 @@ def test_a_line_that_is_no_request_is_refused_with_its_place(tmp_path, line):
     path = tmp_path / "trace.jsonl"
     path.write_text('{"hash_ids": [1]}\n\n' + line + "\n")
     with pytest.raises(ConfigError, match=r"trace.jsonl:3: found .*, write \{\"hash_ids\": \[0, 1\]\}"):
-        read_trace(path)
+        read_block_ids(path)
 
 
 def test_ids_that_no_integer_holds_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r":1: found .* ids below 2\^63"):
-        read_trace(write(tmp_path / "trace.jsonl", [[2**64]]))
+        read_block_ids(write(tmp_path / "trace.jsonl", [[2**64]]))
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", '{"hash_ids": []}\n'])
 def test_a_trace_without_blocks_is_refused(tmp_path, text):
     (tmp_path / "trace.jsonl").write_text(text)
     with pytest.raises(ConfigError, match="no block to look up"):
-        read_trace(tmp_path / "trace.jsonl")
+        read_block_ids(tmp_path / "trace.jsonl")
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        read_trace(tmp_path)
+        read_block_ids(tmp_path)
 
 
 def test_a_pool_that_does_not_hold_the_longest_request_is_refused(tmp_path):
-    trace = read_trace(write(tmp_path / "trace.jsonl", [[1, 2, 3], [4]]))
+    trace = read_block_ids(write(tmp_path / "trace.jsonl", [[1, 2, 3], [4]]))
     with pytest.raises(ConfigError, match="2 blocks do not hold the longest request of the trace, give at least 3"):
         replay(trace, 2, KVEviction.LRU)

@@ -1,0 +1,36 @@
+"""The devices of `sagellm simulate`: a preset, or this machine as measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..accel.device_presets import DEVICES
+from ..accel.step_cost import StepCost
+from ..errors import ConfigError
+from ..models.resolve import resolve_model
+from ..runtime.memory import check_kv_pool
+from ..runtime.simulation.engine import Target
+
+if TYPE_CHECKING:
+    from ..config import SageLLMConfig
+
+_ELEMENT_BYTES = 2  # presets are bfloat16
+
+
+def make_target(config: SageLLMConfig, device: str) -> Target:
+    """The configured model on a device.
+
+    Raises:
+        ConfigError: there is no such device, or weights and KV pool do not fit its memory.
+        ModelNotFoundError, CheckpointError, NotAvailableError: the model's dimensions cannot be had.
+    """
+    preset = DEVICES.get(device)
+    if preset is None:
+        raise ConfigError(f"no device {device!r}; there is: {', '.join(DEVICES)}")
+    model, kv = resolve_model(config.model), config.kv_cache
+    cost = StepCost(model.architecture, preset.rates, _ELEMENT_BYTES)
+    free = preset.memory_bytes - _ELEMENT_BYTES * model.architecture.num_parameters
+    if free < 0:
+        raise ConfigError(f"{config.model.model_id} does not fit into the {preset.memory_bytes} bytes of {device}")
+    check_kv_pool(kv, cost.kv_bytes_per_token * kv.block_size, free)
+    return Target(model, device, cost)

@@ -1,0 +1,166 @@
+"""Traces of requests: JSON lines as Mooncake publishes them, or plain ones.
+
+A line of Mooncake's (https://github.com/kvcache-ai/Mooncake) has a `timestamp` in milliseconds, `input_length` and
+`output_length` in tokens, and `hash_ids`, which name the blocks of 512 tokens of its prompt; equal ids are equal blocks
+after equal prefixes. A plain line has no ids; `prompt_tokens`, their number or the tokens themselves, and
+`max_new_tokens` are other names of the lengths; `tenant`, `priority` and `deadline_ms` are those of a request.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..records import Request, SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    Int32Array = NDArray[np.int32]
+    Int64Array = NDArray[np.int64]
+
+T = TypeVar("T")
+
+HASH_BLOCK = 512  # tokens
+_FIRST_ID = 1 << 24  # above every vocabulary: the tokens that stand for blocks and for outputs
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One line. Of its prompt the tokens are known, or the `blocks` by their ids, or only the length."""
+
+    at_s: float
+    prompt_length: int
+    output_length: int
+    tokens: Int32Array | None = None
+    blocks: Int64Array | None = None
+    tenant: str = ""
+    priority: int = 0
+    deadline_ms: float | None = None
+
+
+def read_block_ids(path: Path) -> list[Int32Array]:
+    """Return each request's block ids, numbered anew from 0, in the order of the trace.
+
+    Raises:
+        ConfigError: the file cannot be read, a line is no request of such a trace, or none asks for a block.
+    """
+    requests = _read_lines(path, lambda line: _block_ids(line["hash_ids"]), '{"hash_ids": [0, 1]}, ids below 2^63')
+    joined = np.concatenate([np.empty(0, np.int64), *requests])
+    if not joined.size:
+        raise ConfigError(f'{path}: no block to look up: give a file with a line {{"hash_ids": [0, 1]}} per request')
+    _, numbers = np.unique(joined, return_inverse=True)
+    return np.split(numbers.astype(np.int32), np.cumsum([ids.size for ids in requests])[:-1])
+
+
+def read_requests(path: Path) -> list[TraceRequest]:
+    """Return the requests of a trace by the time of their arrival.
+
+    Raises:
+        ConfigError: the file cannot be read, a line is no request, or there is none.
+    """
+    example = '{"timestamp": 0, "input_length": 600, "output_length": 20, "hash_ids": [0, 1]}; ids, tenant, priority '
+    example += f"and deadline_ms may be left out, and an id is {HASH_BLOCK} tokens"
+    requests = _read_lines(path, _request, example)
+    if not requests:
+        raise ConfigError(f"{path}: no request: write {example}")
+    return sorted(requests, key=lambda request: request.at_s)
+
+
+def _read_lines(path: Path, read: Callable[[dict[str, Any]], T], example: str) -> list[T]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    values = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values.append(read(json.loads(line)))
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            found = line[:60].decode("utf-8", "replace")
+            raise ConfigError(f"{path}:{number}: found {found}, write {example}") from error
+    return values
+
+
+def _block_ids(ids: Any) -> Int64Array:
+    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
+        raise TypeError
+    return np.array(ids, np.int64)
+
+
+def _request(line: dict[str, Any]) -> TraceRequest:
+    prompt = line["prompt_tokens"] if "prompt_tokens" in line else line["input_length"]
+    output = line["max_new_tokens"] if "max_new_tokens" in line else line["output_length"]
+    tokens = blocks = None
+    if isinstance(prompt, list):
+        _block_ids(prompt)
+        tokens = np.array(prompt, np.int32)
+        prompt = len(prompt)
+    elif line.get("hash_ids") is not None:
+        blocks = _block_ids(line["hash_ids"])
+        if blocks.size * HASH_BLOCK < prompt:
+            raise ValueError
+    deadline = line.get("deadline_ms")
+    tenant, priority, at = line.get("tenant", ""), line.get("priority", 0), line.get("timestamp", 0)
+    if not (type(prompt) is type(output) is type(priority) is int and prompt > 0 and output > 0):
+        raise TypeError
+    if not isinstance(tenant, str) or not isinstance(at, int | float) or not isinstance(deadline, int | float | None):
+        raise TypeError
+    return TraceRequest(at / 1000, prompt, output, tokens, blocks, tenant, priority, deadline)
+
+
+class TraceReplay:
+    """The requests of a trace as sequences, as often as asked for.
+
+    A block of 512 tokens is one token id 512 times, a prompt of which only the length is known one that no other has,
+    and so is each output: prefixes are equal where the trace says so, and nobody's prompt continues an output.
+    """
+
+    def __init__(self, requests: list[TraceRequest]) -> None:
+        given = [request.blocks for request in requests if request.blocks is not None]
+        distinct, numbers = np.unique(np.concatenate([np.empty(0, np.int64), *given]), return_inverse=True)
+        parts = iter(np.split(numbers, np.cumsum([blocks.size for blocks in given])[:-1]))
+        self._requests = [
+            request if request.blocks is None else replace(request, blocks=next(parts)) for request in requests
+        ]
+        self._own = _FIRST_ID + len(distinct)  # of the prompts without blocks
+        self._outputs = self._own + len(requests)
+
+    def arrivals(self, rate_scale: float = 1.0) -> Iterator[tuple[float, Sequence]]:
+        """Yield when each request arrives, in seconds from the first, and its sequence; the id is its number.
+
+        With `rate_scale` 2 they come twice as fast. Somebody waits for each: the scheduler's timeouts apply.
+        """
+        begin = self._requests[0].at_s
+        for number, request in enumerate(self._requests):
+            sampling = SamplingParams(max_new_tokens=request.output_length, temperature=0.0, ignore_eos=True)
+            record = Request(
+                str(number),
+                sampling=sampling,
+                tenant=request.tenant,
+                priority=request.priority,
+                deadline_ms=request.deadline_ms,
+                interactive=True,
+            )
+            at_s = (request.at_s - begin) / rate_scale
+            yield at_s, Sequence(record, self._prompt(number, request), sampling.with_defaults())
+
+    def _prompt(self, number: int, request: TraceRequest) -> Int32Array:
+        if request.tokens is not None:
+            return request.tokens
+        if request.blocks is None:
+            return np.full(request.prompt_length, self._own + number, np.int32)
+        return np.repeat((request.blocks + _FIRST_ID).astype(np.int32), HASH_BLOCK)[: request.prompt_length]
+
+    def output_token(self, sequence: Sequence) -> int:
+        """The token id that all of a sequence's output is."""
+        return self._outputs + int(sequence.request_id)

@@ -1,0 +1,206 @@
+"""One engine in virtual time: the stages that matter to the scheduler, and the worker's thread, as events.
+
+What decides is the real run's: waiting queue, policy, leases, KV cache, planner, worker. What is played is the flow
+that connects them: `HOP_S` passes wherever records go from one thread to another.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+from ...config import SchedulerMode
+from ...errors import ConfigError, RequestError
+from ...records import FinishReason
+from ..scheduler.lease import PrefixHint, namespace_of
+from ..scheduler.timeouts import NEVER, Timeouts
+from ..scheduler.waiting import end_unstarted
+from ..services import EngineServices
+from .executor import SimulatedExecutor
+from .worker_thread import WorkerThread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ...config import SageLLMConfig
+    from ...graph.pipeline import Pipeline
+    from ...kv_runtime.cache import KVCache
+    from ...models.resolve import ResolvedModel
+    from ...records import Sequence
+    from ..scheduler.waiting import WaitingQueue
+    from .executor import StepTimes
+    from .virtual_time import VirtualTime
+
+HOP_S = 0.0005  # what a list of records takes through the flow to or from the worker, as measured on this engine
+
+
+class WaitingBounds(Protocol):
+    """The configuration of `schedule`."""
+
+    def is_reached(self, waiting: WaitingQueue) -> bool:
+        """Whether nobody else may begin to wait."""
+        ...
+
+
+class Target(NamedTuple):
+    """A model on a device, whose name decides defaults as a backend's does: a "cpu" has smaller steps."""
+
+    model: ResolvedModel
+    device: str
+    times: StepTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What a pipeline's stages ask of the engine. `bounds` None lets any number wait."""
+
+    bounds: WaitingBounds | None = None
+    looks_up: bool = True
+    commits: bool = True
+    commits_outputs: bool = True
+    max_prefill_batch: int | None = None
+    max_decode_batch: int | None = None
+
+    @classmethod
+    def of(cls, pipeline: Pipeline) -> Stages:
+        """Those of a pipeline; other operators are taken to cost no time.
+
+        Raises:
+            ConfigError: it has no stage that schedules, computes prompts or decodes.
+        """
+        configs: dict[str, Any] = {node.spec.name: node.config for node in pipeline.nodes.values()}
+        missing = [name for name in ("schedule", "prefill", "decode") if name not in configs]
+        if missing:
+            raise ConfigError(f"pipeline {pipeline.name!r} has no {missing[0]!r} stage: there is nothing to simulate")
+        return cls(
+            cast("WaitingBounds", configs["schedule"]),
+            "kv_lookup" in configs,
+            "kv_commit" in configs,
+            "kv_commit" in configs and configs["kv_commit"].outputs,
+            configs["prefill"].max_batch,
+            configs["decode"].max_batch,
+        )
+
+
+class SimulatedEngine:
+    """Takes sequences as they arrive; `on_end` gets each of them back, ended."""
+
+    def __init__(
+        self,
+        config: SageLLMConfig,
+        stages: Stages,
+        target: Target,
+        time: VirtualTime,
+        output_token: Callable[[Sequence], int],
+        on_end: Callable[[Sequence], None],
+    ) -> None:
+        slots, layers = config.scheduler.max_batch_size, target.model.architecture.num_layers
+        self.executors = [
+            SimulatedExecutor(slots, layers, target.times, time, output_token)
+            for _ in range(config.scheduler.num_workers)
+        ]
+        self.services = services = EngineServices(config, clock=time)
+        services.model, services.backend_name = target.model, target.device
+        services.executors = [*self.executors]
+        self._stages = stages
+        self._time = time
+        self._on_end = on_end
+        self._timeouts = Timeouts.of(config.scheduler)
+        self._outside: deque[Sequence] = deque()  # beyond what the stage `schedule` lets wait
+        self._grants = False  # whether a grant is on its way
+        self.worker = worker = services.worker
+        for each, executor in zip(worker.workers, self.executors, strict=True):
+            WorkerThread(each, executor, time)
+        worker.on_prefilled = self._after_hop(self._commit)
+        worker.on_decoded = self._after_hop(self._end)
+        worker.on_leases_returned = self._grant_soon
+        if stages.max_prefill_batch is not None:
+            worker.limit_prefill(stages.max_prefill_batch)
+        if stages.max_decode_batch is not None:
+            worker.limit_decode(stages.max_decode_batch)
+
+    def _after_hop(self, handler: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
+        return lambda records: self._time.call_later(HOP_S, partial(handler, records))
+
+    # -- kv_lookup, schedule -----------------------------------------------------------------------------------------
+
+    def arrive(self, sequence: Sequence) -> None:
+        """A sequence has been tokenized. What can never fit ends at once, with `error`."""
+        try:
+            if len(sequence.prompt_tokens) + sequence.sampling.max_new_tokens > self.services.model.max_seq_len:
+                raise RequestError(f"longer than the model's max_seq_len {self.services.model.max_seq_len}")
+            self.services.leases.check_fits(sequence)
+        except RequestError as error:
+            sequence.error = str(error)
+            end_unstarted(sequence, FinishReason.ERROR, self._time.now)
+            self._on_end(sequence)
+            return
+        if self._stages.looks_up:
+            (cached,) = self.services.leases.count_cached([(sequence.prompt_tokens, namespace_of(sequence))])
+            sequence.kv = PrefixHint(cached)
+        self._outside.append(sequence)
+        self._let_wait()
+        self._grant_soon()
+
+    def _let_wait(self) -> None:
+        waiting, bounds = self.services.waiting, self._stages.bounds
+        while self._outside and not (bounds is not None and bounds.is_reached(waiting)):
+            sequence = self._outside.popleft()
+            waiting.offer(sequence)
+            timeout = self._timeouts.end_of_waiting(sequence)
+            if timeout != NEVER:
+                self._time.call_at(timeout.at, partial(self._give_up, sequence))
+
+    def _give_up(self, sequence: Sequence) -> None:
+        if sequence.timings.scheduled is None and not sequence.ended:
+            self._grant()
+
+    def _grant_soon(self) -> None:
+        if not self._grants:
+            self._grants = True
+            self._time.call_later(HOP_S, self._grant)
+
+    def _grant(self) -> None:
+        self._grants = False
+        waiting = self.services.waiting
+        if not len(waiting):
+            return
+        ended, granted = waiting.take_ended(), waiting.take_granted()
+        if granted:
+            self.worker.submit_prefill(granted)
+        for sequence in ended:
+            self._on_end(sequence)
+        if self._outside and (granted or ended):
+            self._let_wait()
+            self._grant_soon()
+
+    # -- kv_commit, after decode -------------------------------------------------------------------------------------
+
+    def _commit(self, sequences: list[Sequence]) -> None:
+        """What the stages after `prefill` do with what has come out of it."""
+        going = []
+        for sequence in sequences:
+            if sequence.ended:
+                self._on_end(sequence)
+            else:
+                going.append(sequence)
+        if self._stages.commits:
+            for sequence in going:
+                sequence.kv.commit_outputs = self._stages.commits_outputs
+            self.services.leases.commit(going)
+            self._grant_soon()
+        if going:
+            self.worker.submit_decode(going)
+
+    def _end(self, records: list[Any]) -> None:
+        for sequence in records:
+            self._on_end(sequence)
+
+    @property
+    def prefix_caches(self) -> list[KVCache]:
+        """Those in which prompts are looked up: of the workers that compute prompts."""
+        scheduler = self.services.config.scheduler
+        strict = scheduler.mode is SchedulerMode.STRICT
+        return self.services.kv_caches[: scheduler.prefill_workers if strict else 1]

@@ -1,0 +1,93 @@
+"""Traces as sequences: prefixes are equal where the trace says so, and lines that are no request are refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from sageLLM.benchmarks.traces import TraceReplay, read_requests
+from sageLLM.errors import ConfigError
+from sageLLM.kv_runtime.radix_tree import common_prefix_length
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def replay(tmp_path, *lines):
+    trace = TraceReplay(read_requests(write(tmp_path / "trace.jsonl", *lines)))
+    return trace, [*trace.arrivals()]
+
+
+def test_equal_ids_are_equal_blocks_of_512_tokens(tmp_path):
+    lines = [
+        {"timestamp": 2000, "input_length": 1100, "output_length": 5, "hash_ids": [7, 2**62, 9]},
+        {"timestamp": 2500, "input_length": 1300, "output_length": 6, "hash_ids": [7, 2**62, 10]},
+        {"timestamp": 2750, "input_length": 1024, "output_length": 7, "hash_ids": [8, 2**62]},
+    ]
+    _, arrivals = replay(tmp_path, *lines)
+    assert [at for at, _ in arrivals] == [0, 0.5, 0.75]
+    first, second, third = (sequence.prompt_tokens for _, sequence in arrivals)
+    assert [len(first), len(second), len(third)] == [1100, 1300, 1024]
+    assert first.dtype == np.int32
+    assert common_prefix_length(first, second) == 1024
+    assert common_prefix_length(first, third) == 0
+    assert [sequence.sampling.max_new_tokens for _, sequence in arrivals] == [5, 6, 7]
+
+
+def test_prompts_of_which_only_the_length_is_known_share_nothing(tmp_path):
+    lines = [
+        {"prompt_tokens": 30, "max_new_tokens": 5},
+        {"input_length": 40, "output_length": 5, "tenant": "a", "priority": 2, "deadline_ms": 50},
+        {"input_length": 600, "output_length": 5, "hash_ids": [0, 1]},
+        {"prompt_tokens": [5, 6, 7], "max_new_tokens": 5},
+    ]
+    trace, arrivals = replay(tmp_path, *lines)
+    sequences = [sequence for _, sequence in arrivals]
+    heads = {int(sequence.prompt_tokens[0]) for sequence in sequences}
+    outputs = {trace.output_token(sequence) for sequence in sequences}
+    assert len(heads | outputs) == 8
+    assert sequences[3].prompt_tokens.tolist() == [5, 6, 7]
+    request = sequences[1].request
+    assert (request.tenant, request.priority, request.deadline_ms) == ("a", 2, 50)
+
+
+def test_requests_come_by_time_and_as_fast_as_asked_for(tmp_path):
+    lines = [{"timestamp": at, "input_length": n, "output_length": 1} for at, n in ((3000, 1), (1000, 2), (3000, 3))]
+    trace, _ = replay(tmp_path, *lines)
+    assert [(at, len(sequence.prompt_tokens)) for at, sequence in trace.arrivals(4)] == [(0, 2), (0.5, 1), (0.5, 3)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"timestamp": 0, "output_length": 5},
+        {"timestamp": 0, "input_length": 5},
+        {"input_length": 0, "output_length": 5},
+        {"input_length": 5, "output_length": 0},
+        {"input_length": "5", "output_length": 5},
+        {"input_length": 5, "output_length": True},
+        {"input_length": 5, "output_length": 5, "timestamp": "now"},
+        {"input_length": 5, "output_length": 5, "tenant": 3},
+        {"input_length": 5, "output_length": 5, "priority": 0.5},
+        {"input_length": 5, "output_length": 5, "deadline_ms": "soon"},
+        {"input_length": 513, "output_length": 5, "hash_ids": [1]},
+        {"input_length": 513, "output_length": 5, "hash_ids": ["a"]},
+        {"prompt_tokens": [2**40], "max_new_tokens": 5},
+        {"prompt_tokens": [], "max_new_tokens": 5},
+        [1, 2],
+        3,
+    ],
+)
+def test_a_line_that_is_no_request_is_refused_by_number(tmp_path, line):
+    good = {"input_length": 5, "output_length": 5}
+    with pytest.raises(ConfigError, match=r"trace.jsonl:2: found .*, write \{\"timestamp\""):
+        read_requests(write(tmp_path / "trace.jsonl", good, line))
+
+
+def test_an_empty_trace_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no request: write"):
+        read_requests(write(tmp_path / "trace.jsonl"))
