@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OperationRates:
-    """Of one kind of node: FLOP/s at so many rows (ascending), bytes/s, and seconds whatever the size.
+    """Of one kind of node: FLOP/s at so many rows (ascending), bytes/s, seconds whatever the size, and seconds a row.
 
     Between two numbers of rows the time is linear; fewer rows take as long as the first number, more go at the last
     one's rate.
@@ -29,14 +29,15 @@ class OperationRates:
     flops_per_s: tuple[float, ...]
     bytes_per_s: float
     launch_s: float = 0.0
+    row_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.rows or len(self.rows) != len(self.flops_per_s):
             raise ValueError(f"{len(self.rows)} numbers of rows, but {len(self.flops_per_s)} rates")
         if list(self.rows) != sorted(set(self.rows)) or self.rows[0] < 1:
             raise ValueError(f"rows must be positive and ascend: {self.rows}")
-        if min(self.flops_per_s) <= 0 or self.bytes_per_s <= 0 or self.launch_s < 0:
-            raise ValueError("rates must be positive, launch_s at least 0")
+        if min(self.flops_per_s) <= 0 or self.bytes_per_s <= 0 or min(self.launch_s, self.row_s) < 0:
+            raise ValueError("rates must be positive, launch_s and row_s at least 0")
 
     def row_seconds(self, rows: int) -> float:
         """Seconds for `rows` rows of 1 FLOP each."""
@@ -52,7 +53,7 @@ class OperationRates:
     def seconds(self, rows: int, flops: float, num_bytes: float) -> float:
         """Seconds of a node that computes `flops` in `rows` rows and reads and writes `num_bytes`."""
         work = flops / rows * self.row_seconds(rows) if flops else 0.0
-        return max(work, num_bytes / self.bytes_per_s) + self.launch_s
+        return max(work, num_bytes / self.bytes_per_s) + self.launch_s + self.row_s * rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class DeviceRates:
                 tuple(map(float, rates["flops_per_s"])),
                 float(rates["bytes_per_s"]),
                 float(rates["launch_s"]),
+                float(rates["row_s"]),
             )
             for kind, rates in data["operations"].items()
         }

@@ -2,7 +2,7 @@
 
 T tokens of a step. A product with a weight of n elements is 2 n FLOPs a token; attention is 4 H D FLOPs for each
 pair of a token and one it sees (Narayanan et al., "Efficient large-scale language model training on GPU clusters",
-SC 2021, appendix).
+SC 2021, appendix). An element that is copied, scaled or compared counts as one.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class ModelWork:
 
         gate_up, down = product(hidden, 2 * inner, out=inner), product(inner, hidden)
         self.rows: dict[NodeKind, RowWork] = {
-            NodeKind.EMBEDDING: RowWork(0.0, 0.0, 2.0 * self.hidden_bytes, self.hidden_bytes),
-            NodeKind.LAYERNORM: RowWork(0.0, 0.0, 4.0 * self.hidden_bytes, 2 * self.hidden_bytes),
+            NodeKind.EMBEDDING: RowWork(float(hidden), 0.0, 2.0 * self.hidden_bytes, self.hidden_bytes),
+            NodeKind.LAYERNORM: RowWork(4.0 * hidden, 0.0, 4.0 * self.hidden_bytes, 2 * self.hidden_bytes),
             NodeKind.QKV_PROJ: product(hidden, qkv_width),
             NodeKind.OUT_PROJ: product(q_width, hidden),
             NodeKind.FFN: RowWork(
@@ -112,7 +112,7 @@ class ModelWork:
                 self.hidden_bytes,
             ),
             NodeKind.LM_HEAD: product(hidden, vocab),
-            NodeKind.SAMPLE: RowWork(0.0, 0.0, float(size * vocab), 8),
+            NodeKind.SAMPLE: RowWork(float(model.vocab_size), 0.0, float(size * model.vocab_size), 8),
         }
 
     def decode_attention(self, rows: int, tokens: float) -> tuple[float, float]:

@@ -66,6 +66,30 @@ def kernels(threads: int, backend: str | None, operations: tuple[str, ...], seco
     click.echo(measure_kernels(config, operations or OPERATIONS, seconds))
 
 
+@command.command("step-time")
+@click.option("--shape", default="qwen2.5-0.5b", show_default=True, help="The model's shape; weights are random.")
+@click.option("--backend", type=click.Choice(["cpu", "cuda"]), help="The device. Default: CUDA where there is one.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0 is every core.")
+@click.option("--batches", default=20, show_default=True, type=click.IntRange(1), help="Random steps of each kind.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each; the median counts.")
+@click.option("--seed", default=1, show_default=True, type=int, help="Of the random steps.")
+@click.option("--fresh", is_flag=True, help="Measure the device's rates now, even if they are known.")
+@click.option("--each", is_flag=True, help="Also print every step.")
+def step_time(
+    shape: str, backend: str | None, threads: int, batches: int, rounds: int, seed: int, fresh: bool, each: bool
+) -> None:
+    """A step's predicted time beside its measured one, on steps that the prediction was not made from."""
+    from ..benchmarks.step_time import format_errors, time_steps
+    from ..benchmarks.workloads import SHAPES
+    from ..config import BackendConfig, BackendType
+
+    if shape not in SHAPES:
+        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    config = BackendConfig(backend_type=None if backend is None else BackendType(backend), threads=threads)
+    steps = time_steps(config, shape, batches, rounds, seed, fresh, lambda text: click.echo(text, err=True))
+    click.echo(format_errors(steps, each))
+
+
 @command.command("kv-trace")
 @click.option(
     "--trace",

@@ -56,8 +56,8 @@ class DecoderModel:
         self.vocab_size = config.vocab_size
         self.max_seq_len = config.max_seq_len
         self._embedding = embedding
-        self._layers = layers
-        self._lm_head = lm_head
+        self.layers = layers
+        self.lm_head = lm_head
         self._cos, self._sin = build_rope_table(config.rope, config.head_dim, config.max_seq_len, dtype, backend.device)
 
     def kv_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
@@ -102,8 +102,8 @@ class DecoderModel:
         if logit_rows is not None:
             logit_rows = logit_rows.to(device, non_blocking=True)
         hidden = self._embedding[input_ids.to(device, non_blocking=True)].to(self.kv_dtype)
-        x = backend.rms_norm(hidden, self._layers[0].input_norm, eps)
-        for index, layer in enumerate(self._layers):
+        x = backend.rms_norm(hidden, self.layers[0].input_norm, eps)
+        for index, layer in enumerate(self.layers):
             qk, v = torch.split(layer.qkv(x), widths, dim=-1)
             qk = qk.view(tokens, qk_heads, head_dim)
             if layer.qk_norm is not None:
@@ -119,5 +119,5 @@ class DecoderModel:
             x, hidden = backend.add_rms_norm(layer.output(attended), hidden, layer.mlp_norm, eps)
             x = layer.down(layer.gated(x))
             x, hidden = backend.add_rms_norm(x, hidden, layer.next_norm, eps)
-        logits: Tensor = self._lm_head(x)
+        logits: Tensor = self.lm_head(x)
         return logits.float()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from ..config import SchedulerMode
-from ..errors import EngineClosedError
+from ..errors import ConfigError, EngineClosedError
 from ..kv_runtime.cache import KVCache
 from ..kv_runtime.eviction import make_eviction_policy
 from .calls import CallDesk
@@ -24,6 +24,7 @@ from .scheduler.waiting import WaitingQueue
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from ..accel.step_cost import StepCost
     from ..backends.base import Backend
     from ..config import SageLLMConfig
     from ..graph.pipeline import Pipeline
@@ -148,16 +149,39 @@ class EngineServices:
             leases,
             scheduler,
             self.model.architecture.max_seq_len,
-            scheduler.max_step_tokens or self._default_step_tokens(),
+            self.max_step_tokens,
             self._make_stop_matcher,
             self.clock,
         )
 
-    def _default_step_tokens(self) -> int:
-        """4096 on a GPU; on a CPU as many as keep a step near a fifth of a second, within 512 and 4096."""
+    @property
+    def max_step_tokens(self) -> int:
+        """As configured; else 4096 on a GPU, and on a CPU as many as keep a step near a fifth of a second, within 512
+        and 4096."""
+        if self.config.scheduler.max_step_tokens is not None:
+            return self.config.scheduler.max_step_tokens
         if self.backend_name != "cpu":
             return 4096
         return max(512, min(4096, 10**10 // self.model.architecture.num_parameters))
+
+    @cached_property
+    def step_cost(self) -> StepCost:
+        """Seconds of steps, prompts and transfers of this model on this device.
+
+        The device's rates are measured once and kept; the first time ever takes up to a minute, and wants the device
+        for itself: so before the worker is built.
+
+        Raises:
+            ConfigError: the model is the null model, whose steps take no time.
+        """
+        if self.is_null:
+            raise ConfigError("model: builtin:null computes nothing, so its steps have no cost to estimate")
+        from ..accel.step_cost import StepCost
+        from .worker.calibration import kv_element_bytes, load_rates
+
+        rates = load_rates(self.model, self.backend, self.config.kv_cache.nvme_path)
+        element_bytes = kv_element_bytes(self.model, self.backend)
+        return StepCost(self.model.architecture, rates, element_bytes, self.max_step_tokens)
 
     def load(self) -> None:
         """Build everything a pipeline with a model needs, so that what is wrong shows before the flow starts.
