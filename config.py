@@ -47,6 +47,13 @@ class SchedulerPolicy(StrEnum):
     SHORTEST_JOB = "shortest_job"
 
 
+class Isolation(StrEnum):
+    """Where a worker's model runs: on a thread of this process, or in a process of its own."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+
+
 class InferenceMode(StrEnum):
     """Which part of inference this engine does."""
 
@@ -80,6 +87,7 @@ Eviction = Annotated[KVEviction, BeforeValidator(_lower)]
 Mode = Annotated[SchedulerMode, BeforeValidator(_lower)]
 Policy = Annotated[SchedulerPolicy, BeforeValidator(_lower)]
 Inference = Annotated[InferenceMode, BeforeValidator(_lower)]
+Isolated = Annotated[Isolation, BeforeValidator(_lower)]
 Dtype = Annotated[DType, BeforeValidator(_lower)]
 Backend = Annotated[BackendType | None, BeforeValidator(_lower)]
 
@@ -187,6 +195,9 @@ class SchedulerConfig(Config):
     request fails, as `on_transfer_failure` says.
     `launch_ahead` plans and launches a step before the previous one's tokens are read.
 
+    `isolation` `process` runs the model of each worker in a process of its own: if it dies, or a step takes more than
+    `step_timeout_s` (None: 120; 0: any time), another one is started and computes again what was under way.
+
     `queue_timeout_s` is the longest wait for a lease, `first_token_timeout_s` the longest time from arrival to the
     first token, `request_timeout_s` to the last; 0 is no limit. They hold for requests that somebody waits for (library
     calls, sockets), and each is a finish reason of its own. Lines of a file wait as long as it takes.
@@ -202,6 +213,8 @@ class SchedulerConfig(Config):
     max_overtakes: Positive | None = None
     prefill_workers: Positive = 1
     decode_workers: Positive = 1
+    isolation: Isolated = Isolation.THREAD
+    step_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     max_batch_size: Positive = 64
     max_prefill_batch: Positive = 8
     max_decode_batch: Positive = 64
@@ -223,10 +236,14 @@ class SchedulerConfig(Config):
             for name in ("prefill_workers", "decode_workers", "transfer_timeout_s"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is for mode: strict: write that, or leave it out")
+        apart = self.mode is SchedulerMode.STRICT and self.isolation is Isolation.PROCESS
+        _refuse(apart, "scheduler.mode strict with isolation process", "use isolation thread")
         return self
 
     @model_validator(mode="after")
     def _heeded(self) -> SchedulerConfig:
+        if self.step_timeout_s is not None and self.isolation is Isolation.THREAD:
+            raise ValueError("step_timeout_s is for isolation: process: a thread that hangs cannot be ended")
         policy = self.policy
         if self.tenant_weights and policy is not SchedulerPolicy.FAIR_SHARE:
             raise ValueError(f"policy {policy.name} ignores tenant_weights: leave them out, or write policy FAIR_SHARE")

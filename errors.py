@@ -14,6 +14,7 @@ SageLLMError
 │   ├── OperatorFailedError   an operator passed its restart limit
 │   └── ErrorRatioExceededError  too large a share of records failed               (exit 1)
 ├── KVCacheError              blocks ran out, or the cache's books do not balance
+├── ExecutorLostError         a worker's process died or hangs, and with it the contents of its KV pool
 ├── GateError                 a run missed a configured figure                    (exit 1)
 └── EngineClosedError         the engine was shut down, has failed or was never initialized
 """
@@ -81,6 +82,10 @@ class ErrorRatioExceededError(FlowError):
 
 class KVCacheError(SageLLMError):
     """KV blocks ran out where that must not happen, or an integrity check failed."""
+
+
+class ExecutorLostError(SageLLMError):
+    """The process that runs a worker's model died or hangs. The worker starts another one, a few times in a row."""
 
 
 class GateError(SageLLMError):

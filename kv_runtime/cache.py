@@ -206,11 +206,10 @@ class KVCache:
             return 0
         tree = self._tree
         with self._lock:
-            self._pool.check_referenced(np.concatenate([commit.blocks for commit in commits]))
+            commits = [commit for commit in commits if commit.generation in (None, self.generation)]
+            self._pool.check_referenced(np.concatenate([NO_BLOCKS, *(commit.blocks for commit in commits)]))
             inserted = 0
-            for tokens, blocks, namespace, generation in commits:
-                if generation not in (None, self.generation):
-                    continue
+            for tokens, blocks, namespace, _ in commits:
                 inserted += tree.insert(tokens, blocks[: -(-tokens.size // size)], namespace)
             tree.settle()
             self._committed_tokens += inserted

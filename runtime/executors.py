@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..models.decoder import DecoderModel
     from ..models.resolve import ResolvedModel
     from .worker.executor import Executor
+    from .worker.process.remote_executor import RemoteExecutor
 
 
 def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend | None) -> list[Executor]:
@@ -29,11 +30,9 @@ def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend
     scheduler, kv = config.scheduler, config.kv_cache
     check_slots(scheduler.max_batch_size, model.architecture.max_seq_len, kv.block_size, scheduler.num_workers)
     if backend is None:
-        from .worker.executor import NullExecutor
-
         _refuse_device(config.backend)
         check_kv_pool(kv, 0, memory_bytes()[0], scheduler.num_workers)
-        return [NullExecutor(scheduler.max_batch_size) for _ in range(scheduler.num_workers)]
+        return [_make_null(config) for _ in range(scheduler.num_workers)]
     first, *others = config.backend.device_ids
     devices = [first, *others] if others else [first] * scheduler.num_workers
     backends = {first: backend}
@@ -42,6 +41,52 @@ def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend
         on_device = backends.get(device) or _detect(config.backend, device)
         loaded[device] = (_load(config, model, on_device, devices.count(device)), on_device)
     return [_make_executor(config, *loaded[device]) for device in devices]
+
+
+def start_processes(config: SageLLMConfig, model: ResolvedModel) -> list[RemoteExecutor]:
+    """Start a process for each worker, and wait until all have loaded the model.
+
+    Raises:
+        ModelError, ConfigError: what `make_executors` raises there.
+        ExecutorLostError: a process has ended, or is not ready in half an hour.
+    """
+    from .worker.process.remote_executor import RemoteExecutor
+
+    scheduler, max_seq_len = config.scheduler, model.architecture.max_seq_len
+    check_slots(scheduler.max_batch_size, max_seq_len, config.kv_cache.block_size, scheduler.num_workers)
+    processes = [RemoteExecutor(config, worker) for worker in range(scheduler.num_workers)]
+    try:
+        for process in processes:
+            process.wait_until_ready()
+    except BaseException:
+        for process in processes:
+            process.close()
+        raise
+    return processes
+
+
+def make_lone_executor(config: SageLLMConfig, worker: int) -> tuple[Executor, str]:
+    """The executor of one worker with a model of its own, and the name of its backend.
+
+    Raises:
+        ModelError: the model cannot be found, read or built.
+        ConfigError: as `make_executors`.
+    """
+    from ..models.resolve import resolve_model
+
+    model, devices = resolve_model(config.model), config.backend.device_ids
+    if model.weights == "null":
+        _refuse_device(config.backend)
+        check_kv_pool(config.kv_cache, 0, memory_bytes()[0])
+        return _make_null(config), "null"
+    backend = _detect(config.backend, devices[worker if len(devices) > 1 else 0])
+    return _make_executor(config, _load(config, model, backend, 1), backend), backend.name
+
+
+def _make_null(config: SageLLMConfig) -> Executor:
+    from .worker.executor import NullExecutor
+
+    return NullExecutor(config.scheduler.max_batch_size)
 
 
 def _detect(config: BackendConfig, device: int) -> Backend:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ..config import SchedulerMode
+from ..config import Isolation, SchedulerMode
 from ..errors import ConfigError, EngineClosedError
 from ..kv_runtime.cache import KVCache
 from ..kv_runtime.eviction import make_eviction_policy
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .scheduler.handover import PairedLeases
     from .worker.disaggregated import DisaggregatedWorkers
     from .worker.executor import Executor
+    from .worker.process.remote_executor import RemoteExecutor
     from .worker.stop_strings import StopStringMatcher
     from .worker.worker import Worker
 
@@ -119,11 +120,26 @@ class EngineServices:
 
     @cached_property
     def backend_name(self) -> str:
-        return "null" if self.is_null else self.backend.name
+        if self.is_null:
+            return "null"
+        return self._processes[0].backend_name if self.has_processes else self.backend.name
+
+    @property
+    def has_processes(self) -> bool:
+        """Whether each worker's model runs in a process of its own."""
+        return self.config.scheduler.isolation is Isolation.PROCESS
+
+    @cached_property
+    def _processes(self) -> list[RemoteExecutor]:
+        from .executors import start_processes
+
+        return start_processes(self.config, self.model)
 
     @cached_property
     def executors(self) -> list[Executor]:
         """One for each worker."""
+        if self.has_processes:
+            return [*self._processes]
         return make_executors(self.config, self.model, None if self.is_null else self.backend)
 
     @cached_property
@@ -136,6 +152,8 @@ class EngineServices:
             return self._make_worker(Worker, executors[0], leases)
         count = len(leases.prefill)
         prefill = [self._make_worker(PrefillWorker, *pair) for pair in zip(executors, leases.prefill, strict=False)]
+        for worker in prefill:
+            worker.fails_with_transfer = self.config.scheduler.on_transfer_failure == "fail"
         decode = [self._make_worker(DecodeWorker, *pair) for pair in zip(executors[count:], leases.decode, strict=True)]
         for executor in executors[:count]:
             executor.connect([peer.pool for peer in executors[count:]])
@@ -214,7 +232,9 @@ class EngineServices:
             return
         from .worker.driver import TaskDriver, ThreadDriver
 
-        kind = TaskDriver if self.is_null else ThreadDriver
+        kind = TaskDriver if self.is_null and not self.has_processes else ThreadDriver
+        for process, worker in zip(self._processes if self.has_processes else (), self.worker.workers, strict=False):
+            process.on_exit = worker.wake
         drivers = [kind(worker) for worker in self.worker.workers]
         with lone_error_unwrapped():
             async with anyio.create_task_group() as tasks:

@@ -110,3 +110,92 @@ def checkpoint_folder(tmp_path_factory):
 def checkpoint_names() -> list[str]:
     """The names that `checkpoint_folder` knows."""
     return list(CHECKPOINTS)
+
+
+class LosingExecutor:
+    """An executor that is lost where `chance` says so: then `forget(inner)`, and in a few polls it is back.
+
+    `often` is the probability for each launch, result, poll and start. It is lost twice in a row at most.
+    """
+
+    def __init__(self, inner, forget, chance, often):
+        self.losses = 0
+        self._inner, self._forget, self._chance, self._often = inner, forget, chance, often
+        self._launched = []
+        self._lost = False
+        self._polls_to_start = 0
+        self._in_a_row = 0
+        self._changes = []
+
+    def _stumble(self):
+        from sageLLM.errors import ExecutorLostError
+
+        if self._in_a_row < 2 and self._chance.random() < self._often:
+            for handle in self._launched:
+                handle.result()  # its exports are done
+            self._launched.clear()
+            self._changes.clear()
+            self._forget(self._inner)
+            self._lost = True
+            self._polls_to_start = self._chance.randint(0, 3)
+            self._in_a_row += 1
+            self.losses += 1
+            raise ExecutorLostError("the test says so")
+
+    @property
+    def pool(self):
+        return self._inner.pool
+
+    def connect(self, peers):
+        self._inner.connect(peers)
+
+    def ready(self):
+        if self._lost and self._polls_to_start:
+            self._polls_to_start -= 1
+            return False
+        self._stumble()
+        self._lost = False
+        return True
+
+    def admit(self, slot, sequence, choice):
+        self._changes.append(("admit", slot, sequence, choice))
+
+    def readmit(self, slot, outputs):
+        self._changes.append(("readmit", slot, outputs.copy()))
+
+    def release(self, slot):
+        self._changes.append(("release", slot))
+
+    def launch(self, plan):
+        assert not self._lost
+        self._stumble()
+        for method, *arguments in self._changes:
+            getattr(self._inner, method)(*arguments)
+        self._changes.clear()
+        handle = self._inner.launch(plan)
+        self._launched.append(handle)
+        return _LosingHandle(self, handle)
+
+    def take(self, handle):
+        assert handle in self._launched, "a step of an executor that was lost is asked for its result"
+        self._stumble()
+        self._launched.remove(handle)
+        self._in_a_row = 0
+        return handle.result()
+
+    def close(self):
+        self._inner.close()
+
+
+class _LosingHandle:
+    def __init__(self, executor, handle):
+        self._executor, self._handle = executor, handle
+
+    def result(self):
+        return self._executor.take(self._handle)
+
+
+@pytest.fixture(scope="session")
+def losing_executor():
+    """`losing_executor(inner, forget, chance, often)`: see LosingExecutor."""
+    return LosingExecutor

@@ -216,3 +216,9 @@ def test_the_turns_of_time_sharing():
     assert SchedulerConfig(mode="TIME_SHARE", prefill_steps=2, decode_steps=3).time_shares == (2, 3)
     with pytest.raises(ValueError, match="are for mode: time_share: write that, or leave them out"):
         SchedulerConfig(decode_steps=3)
+
+
+def test_only_a_process_that_hangs_can_be_ended():
+    assert SchedulerConfig(isolation="PROCESS", step_timeout_s=5).step_timeout_s == 5
+    with pytest.raises(ValueError, match="step_timeout_s is for isolation: process"):
+        SchedulerConfig(step_timeout_s=5)

@@ -128,7 +128,7 @@ class Planner:
             if len(candidates) and not self._leases_in_transit():
                 raise KVCacheError("one sequence alone fills the KV pool: raise kv_cache.max_tokens")
             return False
-        self._preempt(int(candidates[-1]))
+        self.preempt(int(candidates[-1]))
         return True
 
     def _in_turn(self, *states: RowState) -> NDArray[np.int64]:
@@ -139,7 +139,15 @@ class Planner:
         ranks = [self._rank(row.owner.sequence) for slot in slots.tolist() if (row := self._table.rows[slot])]
         return slots[np.argsort(ranks, kind="stable")]
 
-    def _preempt(self, slot: int) -> None:
+    def preempt(self, slot: int) -> None:
+        """Take a row's blocks: it is computed again up to its last output read. No step with it may be unread."""
+        row = self._table.rows[slot]
+        assert row is not None
+        if row.owner.lease.handover is not None:
+            row.owner.lease.handover.start_again()
+        self._forget_kv(slot, RowState.PREEMPTED)
+
+    def _forget_kv(self, slot: int, state: RowState) -> None:
         table = self._table
         row = table.rows[slot]
         assert row is not None
@@ -148,15 +156,29 @@ class Planner:
         self._kv.release(blocks)
         self._kv.release(row.owner.lease.fork_blocks)
         row.owner.lease.fork_blocks = NO_BLOCKS
-        if row.owner.lease.handover is not None:
-            row.owner.lease.handover.start_again()
         table.num_blocks[slot] = 0
         table.computed[slot] = 0
         table.launched[slot] = table.outputs_read[slot]
         table.target[slot] = table.prompt_len[slot] + table.outputs_read[slot]
-        table.state[slot] = RowState.PREEMPTED
+        table.state[slot] = state
         self.preemptions += 1
         self._on_preempted(slot)
+
+    def lose_kv(self) -> None:
+        """The KV of every row is gone, and with it the steps that are unread: compute all of it again.
+
+        Rows keep the outputs that were read. Those on their way to decode stay held, without blocks, until they come.
+        """
+        table = self._table
+        for slot in table.slots_in(RowState.PREFILL, RowState.HELD, RowState.DECODE).tolist():
+            row, held = table.rows[slot], table.state[slot] == int(RowState.HELD)
+            assert row is not None
+            if held and row.owner.posted:
+                self._forget_kv(slot, RowState.HELD)
+            elif held and row.choice.index:
+                self._forget_kv(slot, RowState.FORKING)
+            else:
+                self.preempt(slot)
 
     def _drop_copies_into(self, blocks: NDArray[np.int32]) -> None:
         owned = set(blocks.tolist())

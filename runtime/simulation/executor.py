@@ -112,6 +112,9 @@ class SimulatedExecutor:
     def release(self, slot: int) -> None:
         """Nothing is kept on a device."""
 
+    def ready(self) -> bool:
+        return True
+
     def launch(self, plan: StepPlan) -> _SimulatedStep:
         starts = [chunk.start for chunk in plan.chunks]
         lengths = [len(chunk.tokens) for chunk in plan.chunks]

@@ -16,6 +16,7 @@ from .worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ...errors import ExecutorLostError
     from ...records import Request
     from ..scheduler.lease import Lease
     from ..scheduler.plan import StepPlan, StepResult
@@ -49,9 +50,20 @@ class PrefillWorker(Worker):
             assert owner.lease.handover is not None
             owner.lease.handover.error = error
             if self.fails_with_transfer:
-                owner.sequence.error = f"its KV could not be handed over to decode: {error}"
-                self._end_sequence(owner, FinishReason.ERROR)
+                self._fail_handover(owner, error)
         super()._apply(plan, result)
+
+    def _recover(self, error: ExecutorLostError) -> None:
+        unread = [plan for plan, _ in self._unread]
+        super()._recover(error)
+        for export in chain.from_iterable(plan.exports for plan in unread) if self.fails_with_transfer else ():
+            row = self._table.rows[export.slot]
+            if row is not None and self._table.epoch[export.slot] == export.epoch:
+                self._fail_handover(row.owner, str(error))
+
+    def _fail_handover(self, owner: ResidentSequence, error: str) -> None:
+        owner.sequence.error = f"its KV could not be handed over to decode: {error}"
+        self._end_sequence(owner, FinishReason.ERROR)
 
     def post(self) -> None:
         for sequence in self._prefilled:

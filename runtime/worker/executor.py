@@ -45,12 +45,24 @@ class Executor(Protocol):
         """The row is gone."""
         ...
 
+    def ready(self) -> bool:
+        """Whether it takes plans; False while what was lost is brought back, for which this must be asked.
+
+        Raises:
+            ExecutorLostError: it was lost. Nothing that was admitted or launched is known any more, every export of a
+                plan that was launched is `done`.
+        """
+        ...
+
     def launch(self, plan: StepPlan) -> StepHandle:
         """Queue the step on the device and return without waiting for it, where the device allows.
 
         Where it raises, or the step's `result` does, the plan's rows are lost. Copies, and slots admitted, are not:
         other rows rely on them. Unless it raises itself each export is `done` in the end; the result waits for the
         exports, and tells which of them failed.
+
+        Raises:
+            ExecutorLostError: as `ready`; a step's `result` may raise it, too.
         """
         ...
 
@@ -88,6 +100,9 @@ class NullExecutor:
 
     def release(self, slot: int) -> None:
         """Nothing is kept on a device."""
+
+    def ready(self) -> bool:
+        return True
 
     def launch(self, plan: StepPlan) -> StepHandle:
         from ..scheduler.plan import StepResult

@@ -101,6 +101,9 @@ class TorchExecutor:
         self._rows.pop(slot, None)
         self._changed[slot] = None
 
+    def ready(self) -> bool:
+        return True
+
     def launch(self, plan: StepPlan) -> _DeviceStep:
         if plan.copies:
             self._copies.append(plan.copies)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import EngineClosedError
+from ...errors import EngineClosedError, ExecutorLostError
 from ...kv_runtime.cache import Commit
 from ...records import Choice, FinishReason, Sequence, TokenDelta
 from ..scheduler.lease import Lease, LeaseBook, namespace_of
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .executor import Executor, StepHandle
 
 log = logging.getLogger("sageLLM")
+
+_MAX_LOSSES = 3  # of the executor without a step in between
 
 
 class Worker:
@@ -61,6 +63,7 @@ class Worker:
         self.failure: BaseException | None = None
         self.workers = [self]
         self.steps = 0
+        self._losses = 0
         self._executor = executor
         self._kv = kv
         self._leases = leases
@@ -181,6 +184,8 @@ class Worker:
             handler(argument)
             self._inbox.popleft()  # only now: what a failure leaves is answered by `abandon`
         self._end_overdue()
+        if not self._is_ready():
+            return False
         try:
             plan = self.planner.plan(len(self._unread))
         except MustReadFirst:
@@ -193,7 +198,10 @@ class Worker:
         except Exception as error:  # the step is lost, the worker is not
             for export in plan.exports:
                 export.done()
-            self._fail_step(plan, error)
+            if isinstance(error, ExecutorLostError):
+                self._recover(error)
+            else:
+                self._fail_step(plan, error)
             return True
         self._unread.append((plan, handle))
         self.steps += 1
@@ -201,16 +209,52 @@ class Worker:
 
     def read_oldest(self) -> None:
         """Wait for the oldest step that is unread, and apply its results."""
-        plan, handle = self._unread.popleft()
+        plan, handle = self._unread[0]
         try:
             result = handle.result()
+        except ExecutorLostError as error:
+            self._recover(error)
+            return
         except Exception as error:
+            self._unread.popleft()
             self._fail_step(plan, error)
             return
+        self._unread.popleft()
+        self._losses = 0
         self._apply(plan, result)
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
         self._collector.collect(plan, result, self._prefilled, self._decoded)
+
+    def _is_ready(self) -> bool:
+        while True:
+            try:
+                return self._executor.ready()
+            except ExecutorLostError as error:
+                self._recover(error)
+
+    def _recover(self, error: ExecutorLostError) -> None:
+        """What the device knew is gone: every row starts again from the outputs that were read.
+
+        Raises:
+            ExecutorLostError: that has happened too often in a row.
+        """
+        self._losses += 1
+        if self._losses >= _MAX_LOSSES:
+            raise ExecutorLostError(f"{error}; {self._losses} times without a step in between") from error
+        log.warning("%s: %d sequences are computed again from where they were", error, len(self._resident))
+        self._unread.clear()
+        self._kv.lose()
+        for owner in self._resident.values():
+            for slot in owner.slots:
+                row = self._table.rows[slot]
+                assert row is not None
+                self._executor.admit(slot, owner.sequence, row.choice.index)
+                self._forget_on_device(slot)
+            if not owner.posted:
+                owner.lease.generation = self._kv.generation
+        self.planner.lose_kv()
+        self._leases.paused = self.planner.has_preempted
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         planned = {chunk.slot: chunk.epoch for chunk in plan.chunks}
@@ -292,6 +336,9 @@ class Worker:
             if lease.copy is not None:
                 self.planner.add_copy(lease.copy)
                 lease.copy = None
+            if lease.generation != self._kv.generation:  # what it was to reuse has been lost meanwhile
+                lease.generation = self._kv.generation
+                self.planner.preempt(first)
 
     def _refuse(self, sequence: Sequence, lease: Lease | None) -> None:
         """Give a sequence back as it came; its lease, unless that was reclaimed, is free again."""
@@ -325,7 +372,8 @@ class Worker:
                     self._collector.emit_first(slot, self._decoded)
             started += owner.slots
         slots = np.array(started, np.int64)
-        self._table.state[slots] = RowState.DECODE
+        lost = self._table.num_blocks[slots] == 0
+        self._table.state[slots] = np.where(lost, int(RowState.PREEMPTED), int(RowState.DECODE))
         self._end_rows(self._collector.find_ended(slots))
 
     # -- rows leave --------------------------------------------------------------------------------------------------
@@ -367,6 +415,8 @@ class Worker:
             if owner.lease.commit_outputs and owner.decoding and reason in (FinishReason.STOP, FinishReason.LENGTH):
                 # The last output's KV was never computed: it was nobody's input.
                 count = int(table.prompt_len[slot] + table.outputs_read[slot]) - 1
+                if table.computed[slot] < count:
+                    continue  # it was lost after the last token had been read
                 commits.append(Commit(table.tokens(slot, count), table.row_blocks(slot), namespace_of(owner.sequence)))
         self._kv.commit_all(commits)
 

@@ -100,6 +100,29 @@ def test_a_device_that_stumbles(make_run, make_requests, small_engine, seed, oft
 
 
 @many
+@given(engine=engines, seed=st.integers(0, 2**16), often=st.sampled_from((0.01, 0.1)), faults=st.just({}) | faults)
+def test_an_executor_that_is_lost(make_run, make_requests, losing_executor, engine, seed, often, faults):
+    """Whatever else fails: nobody but who waits longer notices."""
+    import random
+
+    from sageLLM.runtime.worker import executor
+
+    chance = random.Random(seed)
+
+    def losing(slots):
+        return losing_executor(make(slots), lambda inner: inner._prompt_length.fill(0), chance, often)
+
+    make = executor.NullExecutor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "NullExecutor", losing)
+        run = make_run(make_requests(25, seed, stream=True), engine, faults=faults, seed=seed)()
+    assert run.error is None
+    run.check_everyone_had_one_end()
+    if not faults:
+        assert run.counts == {"accepted": 25, "done": 25}
+
+
+@many
 @given(seed=st.integers(0, 2**16), where=st.sampled_from(("schedule", "prefill", "decode")), nth=st.integers(1, 10))
 def test_a_stage_of_ours_that_fails_and_is_restarted(make_run, make_requests, small_engine, seed, where, nth):
     """Whatever the stage had taken is rejected, whatever it had put into the worker is taken back."""

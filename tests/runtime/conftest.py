@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from itertools import count
 
 import numpy as np
@@ -27,6 +28,7 @@ class Bench:
 
     For `kv_cache`'s `eviction` and `ttl_s` a second passes each time that the KV books look at their clock. With mode
     strict `executor` is a function that makes one for each worker; `seed` says in which order the workers take turns.
+    With `slow_doors` sequences are on their way to a worker for a step or more.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Bench:
         kv_cache=(),
         clock=time.monotonic,
         seed=0,
+        slow_doors=False,
         **scheduler,
     ):
         config = SchedulerConfig(**{"max_batch_size": 8, **scheduler})
@@ -83,12 +86,21 @@ class Bench:
         self.executors = executors
         self._chance = random.Random(seed)
         self.commit = commit
+        self.slow_doors = slow_doors
+        self.entering = deque([[]] if slow_doors else [])
+        self.between = []
         self.deltas = []
         self.finished = []
         self.worker.on_prefilled = self._prefilled
         self.worker.on_decoded = self._decoded
 
     def _prefilled(self, sequences):
+        if self.slow_doors:
+            self.between.append(sequences)
+        else:
+            self._hand_over(sequences)
+
+    def _hand_over(self, sequences):
         for sequence in sequences:
             if not sequence.ended and self.commit:
                 sequence.kv.commit_outputs = True
@@ -120,9 +132,14 @@ class Bench:
         for _ in range(limit):
             self.finished += self.waiting.take_ended()
             granted = self.waiting.take_granted()
-            if granted:
+            self.entering.append(granted)
+            if granted := self.entering.popleft():
                 self.worker.submit_prefill(granted)
-            if not self.step() and not len(self.waiting) and not self.worker.num_running:
+            on_their_way = len(self.between)
+            stands_still = not self.step() and not len(self.waiting) and not self.worker.num_running
+            if on_their_way:
+                self._hand_over(self.between.pop(0))
+            elif stands_still and not any(self.entering) and not self.between:
                 return self.finished
         raise AssertionError(f"not done after {limit} steps: {len(self.waiting)} waiting")
 

@@ -1,0 +1,215 @@
+"""The device's memory is gone: every row goes on from the outputs that were read, and nobody notices."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sageLLM.errors import ExecutorLostError
+from sageLLM.kv_runtime import Commit, KVCache
+from sageLLM.records import FinishReason
+from sageLLM.runtime.scheduler.plan import StepResult
+from sageLLM.runtime.worker.disaggregated import PrefillWorker
+from sageLLM.runtime.worker.executor import NullExecutor
+
+
+class ReadingExecutor:
+    """A model whose next token depends on every token of its context, read from the blocks that the plan names.
+
+    Stands for a device: lost, it knows nothing, so that KV which is not computed again shows in the tokens.
+    """
+
+    def __init__(self, num_blocks, block_size):
+        self.kv = self.pool = np.zeros((num_blocks, block_size), np.int64)
+        self.newest = {}
+        self.rows = {}
+
+    def forget(self):
+        self.kv[:] = 1_000_003
+        self.newest.clear()
+        self.rows.clear()
+
+    def connect(self, peers):
+        self.peers = peers
+
+    def admit(self, slot, sequence, choice):
+        self.rows[slot] = sequence
+
+    def readmit(self, slot, outputs):
+        assert slot in self.rows
+        if len(outputs):
+            self.newest[slot] = int(outputs[-1])
+
+    def release(self, slot):
+        self.rows.pop(slot, None)
+
+    def ready(self):
+        return True
+
+    def launch(self, plan):
+        size = self.kv.shape[1]
+        for source, target in plan.copies:
+            self.kv[target] = self.kv[source]
+        ends = []
+        rows = [(int(p), [self.newest[s]]) for s, p in zip(plan.decode_slots, plan.decode_positions, strict=True)]
+        rows += [(chunk.start, chunk.tokens.tolist()) for chunk in plan.chunks]
+        for table, (start, tokens) in zip(plan.block_tables, rows, strict=True):
+            for position, token in enumerate(tokens, start):
+                self.kv[table[position // size], position % size] = token
+                context = self.kv[table[: position // size + 1]].reshape(-1)[: position + 1]
+                ends.append(next_token(context))
+        tokens = np.array([ends[row] for row in plan.sample_rows], np.int64)
+        assert set(plan.sample_slots.tolist()) <= self.rows.keys()
+        self.newest.update(zip(plan.sample_slots.tolist(), tokens.tolist(), strict=True))
+        for export in plan.exports:
+            for position in range(export.start, export.end):
+                at, offset = position // size - export.start // size, position % size
+                value = self.kv[export.source_blocks[at], offset]
+                self.peers[export.peer][export.target_blocks[at], offset] = value
+            export.done()
+        return Handle(StepResult(tokens))
+
+    def close(self):
+        """Nothing runs."""
+
+
+class Handle:
+    def __init__(self, result):
+        self.kept = result
+
+    def result(self):
+        return self.kept
+
+
+def next_token(context):
+    return int(np.dot(context, np.arange(1, len(context) + 1)) % 251)
+
+
+def expected_tokens(prompt, count):
+    tokens = [*prompt]
+    for _ in range(count):
+        tokens.append(next_token(np.array(tokens)))
+    return tokens[len(prompt) :]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**16),
+    often=st.sampled_from([0.02, 0.1, 0.3]),
+    blocks=st.sampled_from([20, 64]),
+    launch_ahead=st.booleans(),
+    slow_doors=st.booleans(),
+    mode=st.sampled_from([{}, {"mode": "time_share"}, {"mode": "strict"}, {"mode": "strict", "decode_workers": 2}]),
+)
+def test_every_request_gets_the_tokens_it_would_have_got(
+    bench, losing_executor, seed, often, blocks, launch_ahead, slow_doors, mode
+):
+    chance = random.Random(seed)
+    options = {"launch_ahead": launch_ahead, "slow_doors": slow_doors, "max_step_tokens": 12, "seed": seed, **mode}
+
+    def make():
+        return losing_executor(ReadingExecutor(blocks, 4), ReadingExecutor.forget, chance, often)
+
+    b = bench(blocks=blocks, executor=make if mode.get("mode") == "strict" else make(), **options)
+    sequences = []
+    for number in range(12):
+        prompt = [chance.choice((7, 8))] * chance.choice((3, 8, 17)) + [number] * chance.randint(1, 5)
+        sequences.append(
+            b.sequence(prompt, max_new_tokens=chance.randint(1, 12), n=chance.choice((1, 1, 2)), stream=number % 3 == 0)
+        )
+    b.offer(*sequences)
+    assert sorted(map(id, b.run())) == sorted(map(id, sequences))
+    for sequence in sequences:
+        assert sequence.error is None
+        outputs = expected_tokens(sequence.prompt_tokens.tolist(), sequence.sampling.max_new_tokens)
+        assert [choice.output_tokens for choice in sequence.choices] == [outputs] * sequence.sampling.n
+        if sequence.request.stream:
+            for index in range(sequence.sampling.n):
+                deltas = [d for d in b.deltas if d.sequence is sequence and d.choice == index]
+                assert [token for delta in deltas for token in delta.tokens] == outputs
+    b.check_nothing_leaks()
+
+
+class Dead(NullExecutor):
+    """Lost whenever it is looked at."""
+
+    def ready(self):
+        raise ExecutorLostError("process 1 was killed by SIGKILL")
+
+
+def test_lost_again_and_again_it_is_given_up(bench):
+    b = bench(executor=Dead(8))
+    b.offer(b.sequence([1, 2, 3]))
+    b.worker.submit_prefill(b.waiting.take_granted())
+    with pytest.raises(ExecutorLostError, match="SIGKILL; 3 times without a step in between") as raised:
+        b.worker.step()
+    back = []
+    b.worker.on_prefilled = back.extend
+    b.worker.abandon(raised.value)
+    (ended,) = back
+    assert ended.choices[0].finish_reason is FinishReason.ERROR
+    assert "SIGKILL" in ended.error
+    b.check_nothing_leaks()
+
+
+def test_a_cancelled_request_ends_while_a_new_executor_starts(bench):
+    executor = NullExecutor(8)
+    b = bench(executor=executor)
+    sequence = b.sequence([1, 2, 3], max_new_tokens=50)
+    b.offer(sequence)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    for _ in range(4):
+        b.worker.step()
+    executor.ready = lambda: False
+    b.worker.cancel([sequence.request])
+    assert b.worker.step()
+    assert sequence.choices[0].finish_reason is FinishReason.CANCELLED
+    b.check_nothing_leaks()
+
+
+def test_what_was_computed_before_the_loss_is_not_committed_after_it():
+    kv = KVCache(8, 4)
+    tokens, blocks = np.arange(8, dtype=np.int32), kv.allocate(2)
+    commit = Commit(tokens, blocks, ("", ""), kv.generation)
+    kv.lose()
+    kv.release(blocks)
+    assert kv.commit_all([commit]) == 0
+    assert kv.match(tokens, ("", ""), 8).tokens == 0
+    kv.check_integrity(owners=[])
+
+
+class LostInTransfer(ReadingExecutor):
+    """Lost once, when the result of the step that was to hand KV over is asked for."""
+
+    lost = False
+
+    def launch(self, plan):
+        handle = super().launch(plan)
+        if plan.exports and not self.lost:
+            self.lost = True
+            handle.result = self.lose
+        return handle
+
+    def lose(self):
+        self.forget()
+        raise ExecutorLostError("process 1 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("wanted", ["recompute", "fail"])
+def test_a_prefill_worker_that_is_lost_during_a_transfer(bench, monkeypatch, wanted):
+    monkeypatch.setattr(PrefillWorker, "fails_with_transfer", wanted == "fail")
+    b = bench(mode="strict", executor=lambda: LostInTransfer(64, 4), max_step_tokens=8, launch_ahead=False)
+    moving, waiting = b.sequence(range(8), max_new_tokens=6), b.sequence(range(20, 24), max_new_tokens=6)
+    b.offer(moving, waiting)
+    b.run()
+    assert waiting.choices[0].output_tokens == expected_tokens(range(20, 24), 6)
+    if wanted == "fail":
+        assert moving.error == "its KV could not be handed over to decode: process 1 was killed by SIGKILL"
+        assert moving.choices[0].finish_reason is FinishReason.ERROR
+    else:
+        assert moving.choices[0].output_tokens == expected_tokens(range(8), 6)
+    b.check_nothing_leaks()
