@@ -19,6 +19,7 @@ BACKENDS = {"torch": lambda: TorchBackend(torch.device("cpu")), "cpu": CPUBacken
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> TorchBackend:
     return BACKENDS[request.param]()

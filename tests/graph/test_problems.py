@@ -100,14 +100,7 @@ def test_a_problem_is_found_where_it_is(case: str, problems: Any) -> None:
 
 
 def test_behind_an_unknown_operator_nothing_is_guessed(problems: Any) -> None:
-    assert (
-        len(
-            problems(
-                ("detokenize -> write", "detokenize -> own -> filter -> write"), ("edges:", "  own:\n  filter:\nedges:")
-            )
-        )
-        == 1
-    )
+    assert len(problems(("detokenize -> write", "detokenize -> own -> filter -> write"), ("edges:", "  own:\n  filter:\nedges:"))) == 1
 
 
 @pytest.mark.parametrize("case", ["unknown operator", "misspelt operator", "unknown field", "mistyped field", "unresolved", "unknown output port",
