@@ -63,12 +63,16 @@ class Acquired(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """The KV of `tokens` [T], computed and stored in `blocks`; of an earlier `generation` of the cache, it is lost."""
+    """The KV of `tokens` [T], computed and stored in `blocks`; of an earlier `generation` of the cache, it is lost.
+
+    With `pin` it is to be kept until `unpin`.
+    """
 
     tokens: Int32Array
     blocks: Int32Array
     namespace: Namespace
     generation: int | None = None
+    pin: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -82,6 +86,7 @@ class KVCacheStats:
     committed_tokens: int
     evicted_blocks: int
     cached_blocks: int
+    pinned_blocks: int
     evictable_blocks: int
     free_blocks: int
     total_blocks: int
@@ -194,11 +199,14 @@ class KVCache:
         The caller owns the blocks and keeps its references. It may append to the last block, past the committed
         tokens, and commit the longer run later; it must never change the KV of a committed position.
 
+        What is pinned stays cached until `unpin` or `clear`, and its blocks are not `available`: all of its
+        ceil(T / block_size) blocks may come to `num_pinned`.
+
         Raises:
             KVCacheError: the blocks are fewer than the tokens need, free, or not of this pool. Nothing has changed.
         """
         size = self.block_size
-        for tokens, blocks, _, _ in commits:
+        for tokens, blocks, *_ in commits:
             needed = -(-tokens.size // size)
             if blocks.size < needed:
                 raise KVCacheError(f"{tokens.size} tokens need {needed} blocks of {size}, found {blocks.size}")
@@ -209,11 +217,23 @@ class KVCache:
             commits = [commit for commit in commits if commit.generation in (None, self.generation)]
             self._pool.check_referenced(np.concatenate([NO_BLOCKS, *(commit.blocks for commit in commits)]))
             inserted = 0
-            for tokens, blocks, namespace, _ in commits:
+            for tokens, blocks, namespace, _, pin in commits:
                 inserted += tree.insert(tokens, blocks[: -(-tokens.size // size)], namespace)
+                if pin and tokens.size:
+                    tree.pin(tokens, namespace)
             tree.settle()
             self._committed_tokens += inserted
         return inserted
+
+    def unpin(self, tokens: Int32Array, namespace: Namespace) -> bool:
+        """Let go of a pinned prefix, given as it was committed; False if there is none. It stays cached for now."""
+        with self._lock:
+            return self._tree.unpin(np.asarray(tokens, dtype=np.int32), namespace)
+
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that pinned prefixes own."""
+        return self._tree.pins.num_blocks
 
     def acquire(self, wants: Sequence[Want]) -> list[Acquired]:
         """Match and allocate for several prompts, in order, up to the first for which too few blocks exist.
@@ -302,7 +322,7 @@ class KVCache:
         return self._pool.num_free
 
     def usage(self) -> float:
-        """Return the share, 0 to 1, of blocks that sequences own; cached blocks that could be evicted do not count."""
+        """Return the share, 0 to 1, of blocks that sequences or pins own; blocks that could be evicted do not count."""
         return 1.0 - self.available() / self.num_blocks
 
     def stats(self) -> KVCacheStats:
@@ -316,13 +336,14 @@ class KVCache:
                 committed_tokens=self._committed_tokens,
                 evicted_blocks=self._evicted_blocks,
                 cached_blocks=self._pool.num_cached,
+                pinned_blocks=self.num_pinned,
                 evictable_blocks=self._pool.num_evictable,
                 free_blocks=self._pool.num_free,
                 total_blocks=self.num_blocks,
             )
 
     def clear(self) -> None:
-        """Forget every prefix. Blocks without an owner become free; the others stay with their owners."""
+        """Forget every prefix, pinned or not. Blocks without an owner become free; the others stay with theirs."""
         with self._lock:
             self._evicted_blocks += self._tree.clear()
 
@@ -345,7 +366,7 @@ class KVCache:
             self._tree.check()
             if owners is None:
                 return
-            held = np.zeros(self.num_blocks, dtype=np.int64)
+            held = self._tree.pins.counts.astype(np.int64)
             for blocks in owners:
                 np.add.at(held, blocks, 1)
             counted = self._pool.owners.counts

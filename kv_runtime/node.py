@@ -16,7 +16,19 @@ NO_TOKENS: Int32Array = np.empty(0, dtype=np.int32)
 class Node:
     """A run of tokens and its blocks; both arrays are replaced, never written to. A root is its own parent."""
 
-    __slots__ = ("blocks", "children", "end", "hits", "namespace", "parent", "parked_on", "start", "tokens", "used_at")
+    __slots__ = (
+        "blocks",
+        "children",
+        "end",
+        "hits",
+        "namespace",
+        "parent",
+        "parked_on",
+        "pins",
+        "start",
+        "tokens",
+        "used_at",
+    )
 
     def __init__(self, parent: Node | None, start: int, tokens: Int32Array, blocks: Int32Array) -> None:
         self.parent = parent or self
@@ -27,6 +39,7 @@ class Node:
         self.children: dict[int, Node] = {}  # by first token
         self.parked_on = -1  # the block whose release takes this leaf back into the policy's list
         self.namespace: Namespace | None = None  # set on roots
+        self.pins = 0  # pinned prefixes that it is a part of
         self.hits = 0  # requests that did not have to compute it
         self.used_at = 0.0  # by the policy's clock
 

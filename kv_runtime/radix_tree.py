@@ -25,6 +25,7 @@ import numpy as np
 
 from ..errors import KVCacheError
 from .node import NO_TOKENS, Node, common_prefix_length
+from .pins import Pins
 from .pool import NO_BLOCKS
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class RadixTree:
         self._policy = policy
         self._expiry = expiry
         self.listeners: list[CacheListener] = []
+        self.pins = Pins(pool, block_size)
         self._parked: OrderedDict[int, list[Node]] = OrderedDict()
         self._entered: list[Int32Array] = []  # blocks whose references the pool does not know of
         self._dropped: list[Int32Array] = []
@@ -129,7 +131,7 @@ class RadixTree:
         self._entered.append(fresh_blocks)
         if path and position < path[-1].end:
             path[-1] = self._split(path[-1], position)
-        if path and not path[-1].children:
+        if path and not path[-1].children and not path[-1].pins:
             child = path[-1]
             self._extend(child, tokens, fresh_blocks)
         else:
@@ -144,6 +146,39 @@ class RadixTree:
             listener.stored(child, position)
         self._touch(path, tokens.size)
         return tokens.size - position
+
+    def pin(self, tokens: Int32Array, namespace: Namespace) -> None:
+        """Keep a prefix, all of which is in the tree, until `unpin`. Pinned twice it is pinned once."""
+        key = (namespace, tokens.tobytes())
+        if key in self.pins:
+            return
+        path, position = self._walk(self._roots[namespace], tokens)
+        if position < path[-1].end:
+            path[-1] = self._split(path[-1], position)
+        for index in range(len(path) - 1, 0, -1):
+            self._share_first_block(path[index - 1], path[index])
+        self.settle()
+        self.pins.add(key, path)
+        self._touch(path, position)
+
+    def _share_first_block(self, parent: Node, child: Node) -> None:
+        """Let a node that ends inside a block, and is not pinned, hold there the block of the child that goes on."""
+        if child.start % self._block_size and not parent.pins and parent.blocks[-1] != child.blocks[0]:
+            self._dropped.append(parent.blocks[-1:])
+            self._entered.append(child.blocks[:1])
+            parent.blocks = np.append(parent.blocks[:-1], child.blocks[:1])
+
+    def unpin(self, tokens: Int32Array, namespace: Namespace) -> bool:
+        """Let go of a pinned prefix; False if it is none. It stays cached until it is evicted or expires."""
+        key = (namespace, tokens.tobytes())
+        if key not in self.pins:
+            return False
+        nodes, unowned = self.pins.remove(key)
+        if nodes and not nodes[0].children and nodes[0] not in self._policy.listed:
+            self._policy.relist(nodes[0])
+        for blocks in unowned:
+            self.unpark(blocks)
+        return True
 
     def evict(self, num_free: int) -> int:
         """Trim leaves from their tails, as the policy orders them, until `num_free` blocks are free; return the gain.
@@ -180,6 +215,9 @@ class RadixTree:
         """Drop what has expired; return how many blocks became free by it. Those with owners stay with them."""
         before = self._pool.num_free
         for leaf in self._expiry.expired() if self._expiry else ():
+            if leaf.pins:
+                self._postpone_expiry(leaf)
+                continue
             if leaf.parked_on >= 0:
                 self._unpark_one(leaf)
             else:
@@ -187,6 +225,14 @@ class RadixTree:
             self._trim(leaf, leaf.blocks.size)
         self.settle()
         return self._pool.num_free - before
+
+    def _postpone_expiry(self, node: Node) -> None:
+        path = []
+        while node.namespace is None:
+            path.append(node)
+            node = node.parent
+        if self._expiry:
+            self._expiry.touch(path[::-1])
 
     def settle(self) -> None:
         """Tell the pool which references the tree has taken and dropped."""
@@ -210,6 +256,7 @@ class RadixTree:
         """Forget everything; return how many blocks became free by it."""
         for listener in self.listeners:
             listener.cleared()
+        self.pins.clear()
         self._roots.clear()
         self._policy.clear()
         if self._expiry:
@@ -264,7 +311,9 @@ class RadixTree:
         node.parent, node.start = upper, position
         node.tokens, node.blocks = node.tokens[cut:].copy(), node.blocks[position // size - first :].copy()
         upper.children[node.tokens.item(0)] = node
-        upper.hits, upper.used_at = node.hits, node.used_at
+        upper.hits, upper.used_at, upper.pins = node.hits, node.used_at, node.pins
+        if node.pins and position % size:
+            self.pins.own(upper.blocks[-1:])
         return upper
 
     def _extend(self, leaf: Node, tokens: Int32Array, blocks: Int32Array) -> None:
@@ -303,6 +352,8 @@ class RadixTree:
 
     def _park(self, leaf: Node) -> None:
         self._policy.unlist(leaf)
+        if leaf.pins:
+            return
         leaf.parked_on = leaf.blocks.item(-1)
         self._parked.setdefault(leaf.parked_on, []).append(leaf)
 
@@ -342,6 +393,7 @@ class RadixTree:
         """
         held = np.zeros(self._pool.num_blocks, dtype=np.int64)
         self._policy.check()
+        self.pins.check(self.nodes())
         if self._expiry:
             self._expiry.check([*self.nodes()])
         policy_list, listed, parked = self._policy.listed, 0, 0
@@ -353,7 +405,7 @@ class RadixTree:
             np.add.at(held, node.blocks, 1)
             if node in policy_list:
                 listed += 1
-            elif not node.children:
+            elif not node.children and not node.pins:
                 parked += 1
                 if node not in self._parked.get(node.parked_on, ()) or node.blocks.item(-1) != node.parked_on:
                     raise KVCacheError(f"leaf {node} is neither listed for eviction nor parked on its last block")

@@ -46,6 +46,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.committed = {}  # namespace -> every prefix ever committed
         self.owners = []
         self.held = []  # blocks of matches that are released late
+        self.pinned = {}  # namespace -> tokens of every pinned prefix
         self.lossless = True  # nothing was evicted yet, so every committed prefix must be found
         self.hits = self.hit_tokens = self.queries = self.queried = self.inserted = 0
 
@@ -53,9 +54,15 @@ class CacheMachine(RuleBasedStateMachine):
         known = self.committed.get(namespace, set())
         return max((n for n in range(1, len(tokens) + 1) if tuple(tokens[:n]) in known), default=0)
 
+    def longest_pinned(self, tokens, namespace):
+        pins = self.pinned.get(namespace, ())
+        return max((n for n in range(1, len(tokens) + 1) for pin in pins if pin[:n] == tuple(tokens[:n])), default=0)
+
     def match(self, tokens, namespace, limit, record=True):
         found = self.cache.match(as_tokens(tokens), namespace, limit, record=record)
-        bound = self.expected(tokens[:limit] if limit > 0 else [], namespace)
+        asked = tokens[:limit] if limit > 0 else []
+        bound = self.expected(asked, namespace)
+        assert found.tokens >= self.longest_pinned(asked, namespace)
         assert found.tokens == bound if self.lossless else found.tokens <= bound
         assert found.blocks.dtype == np.int32
         assert found.blocks.size == -(-found.tokens // self.size)
@@ -144,6 +151,27 @@ class CacheMachine(RuleBasedStateMachine):
             self.commit(owner)
 
     @precondition(lambda self: self.owners)
+    @rule(data=st.data())
+    def pin(self, data):
+        owner = data.draw(st.sampled_from(self.owners))
+        self.compute(owner, len(owner.tokens))
+        self.commit(owner)
+        blocks, before = -(-owner.computed // self.size), self.cache.num_pinned
+        commit = Commit(as_tokens(owner.tokens), as_tokens(owner.blocks), owner.namespace, pin=True)
+        assert self.cache.commit_all([commit, commit]) == 0
+        self.pinned.setdefault(owner.namespace, set()).add(tuple(owner.tokens))
+        assert self.cache.num_pinned <= before + blocks
+
+    @precondition(lambda self: any(self.pinned.values()))
+    @rule(data=st.data())
+    def unpin(self, data):
+        pins = [(namespace, tokens) for namespace, pinned in self.pinned.items() for tokens in sorted(pinned)]
+        namespace, tokens = data.draw(st.sampled_from(pins))
+        assert self.cache.unpin(as_tokens(tokens), namespace)
+        assert not self.cache.unpin(as_tokens(tokens), namespace)
+        self.pinned[namespace].remove(tokens)
+
+    @precondition(lambda self: self.owners)
     @rule(data=st.data(), tokens=TOKENS, commit=st.booleans())
     def decode(self, data, tokens, commit):
         owner = data.draw(st.sampled_from(self.owners))
@@ -215,15 +243,20 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(seconds=st.integers(0, 3))
     def idle_until_everything_has_expired(self, seconds):
         self.now += self.ttl_s + seconds
-        self.committed.clear()
+        self.committed = {
+            namespace: {pin[:n] for pin in pins for n in range(1, len(pin) + 1)}
+            for namespace, pins in self.pinned.items()
+        }
         self.lossless = True
-        assert self.cache.count_cached([(as_tokens([0, 0]), ("", ""))]) == [0]
-        assert self.cache.stats().cached_blocks == 0
+        assert self.cache.count_cached([(as_tokens([0, 0]), ("", ""))]) == [self.expected([0], ("", ""))]
+        assert self.cache.stats().cached_blocks == self.cache.num_pinned
 
     @rule()
     def clear(self):
         self.cache.clear()
         self.committed.clear()
+        self.pinned.clear()
+        assert self.cache.num_pinned == 0
         self.lossless = True
 
     @rule()
@@ -236,6 +269,9 @@ class CacheMachine(RuleBasedStateMachine):
     def books_balance(self):
         self.cache.check_integrity(self.owned())
         owned = {block for blocks in self.owned() for block in blocks.tolist()}
+        if not any(self.pinned.values()):
+            assert self.cache.num_pinned == 0
+        owned |= set(np.flatnonzero(self.cache._tree.pins.counts).tolist())
         assert self.cache.available() == self.cache.num_blocks - len(owned)
         assert self.cache.usage() == pytest.approx(len(owned) / self.cache.num_blocks)
         stats = self.cache.stats()
