@@ -143,8 +143,11 @@ class KVCacheConfig(Config):
 
     `eviction` says which prefix is given up for room: the least recently used one, the least frequently used one, or
     the one that is cheapest to recompute for what it holds and how often it was used. A prefix that nobody used for
-    `ttl_s` seconds is forgotten even if there is room; 0 is never. `granularity` is the unit in which KV moves between
-    workers: BLOCK and LAYER send a layer as soon as it is computed, TOKEN and HEAD all layers at the end of a step.
+    `ttl_s` seconds is forgotten even if there is room; 0 is never. Neither holds for the prompts that requests with
+    `pin` keep cached, together in at most the share `max_pinned_ratio` of the pool.
+
+    `granularity` is the unit in which KV moves between workers: BLOCK and LAYER send a layer as soon as it is computed,
+    TOKEN and HEAD all layers at the end of a step.
     """
 
     max_tokens: Positive = 65536
@@ -159,6 +162,7 @@ class KVCacheConfig(Config):
     enable_cross_request_sharing: bool = True
     eviction: Eviction = KVEviction.LRU
     ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_pinned_ratio: Ratio = 0.5
     enable_migration: bool = False
     hot_threshold: Annotated[float, Field(gt=0)] = 1.0
     cold_timeout_s: Annotated[float, Field(gt=0)] = 60.0

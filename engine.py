@@ -60,6 +60,8 @@ class GenerateRequest:
     prompt_logprobs: int | None = None
     tenant: str = ""
     cache_salt: str = ""
+    pin: bool = False
+    unpin: bool = False
     priority: int = 0
     deadline_ms: float | None = None
 

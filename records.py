@@ -96,6 +96,8 @@ class Request:
     stream: bool = False  # emit a TokenDelta per step, not only the Completion
     tenant: str = ""
     cache_salt: str = ""
+    pin: bool = False  # keep its prompt's KV cached until it is unpinned
+    unpin: bool = False  # let go of what a request with the same prompt pinned
     priority: int = 0  # larger is sooner; policy `priority` heeds it
     deadline_ms: float | None = None  # wanted by then, counted from `arrival`; policy `deadline` heeds it
     src: SourcePosition | None = None
@@ -290,7 +292,7 @@ class KVEvent:
     """
 
     kind: KVEventKind
-    seq: int  # counts all events of a run from 0; of LOST the last one that was lost
+    seq: int  # counts a worker's events from 0; of LOST the last one that was lost
     at: float  # seconds since the epoch
     tenant: str = ""
     start: int = 0
@@ -300,6 +302,7 @@ class KVEvent:
     block_size: int = 0
     tier: str = "hbm"  # where the blocks are now, or were until they were removed
     lost: int = 0  # events
+    worker: int = 0  # whose KV pool; in mode strict those of the workers for prefill come first
 
     @property
     def num_blocks(self) -> int:

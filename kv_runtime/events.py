@@ -71,9 +71,10 @@ class KVEventLog:
     it is full. Costs a hash per stored block.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_blocks: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_blocks: int, worker: int = 0) -> None:
         self.wake: Callable[[], None] = lambda: None
         self.lost = 0  # events, so far
+        self._worker = worker
         self._block_size = block_size
         self._max_blocks = max_blocks
         self._digests = [b""] * num_blocks  # of each full block that is cached
@@ -169,10 +170,11 @@ class KVEventLog:
                 block_hashes=[digest.hex() for digest in noted.digests],
                 tokens=noted.tokens,
                 block_size=self._block_size,
+                worker=self._worker,
             )
             for noted in waiting
         ]
         if lost:
             at = events[0].at if events else time.time()
-            events.insert(0, KVEvent(KVEventKind.LOST, last_lost, at, lost=lost, tokens=NO_TOKENS))
+            events.insert(0, KVEvent(KVEventKind.LOST, last_lost, at, lost=lost, tokens=NO_TOKENS, worker=self._worker))
         return events

@@ -32,7 +32,7 @@ class Decode(WorkerDoor[DecodeConfig]):
 
     For requests that stream, a TokenDelta for each step and choice comes before that.
 
-    `events`, if an edge leaves it, tells what the prefix cache of the worker stores, removes and moves, from before the
+    `events`, if an edge leaves it, tells what each worker's prefix cache stores, removes and moves, from before the
     first request until after the last; unwired it costs nothing. A slow reader never holds up the worker: what it does
     not read in time is lost, and one event says how much that was.
 
@@ -80,32 +80,33 @@ edges:
             )
         await super().open()
         self._rung: Mailbox[None] = Mailbox()
-        self._events = self._listen() if "events" in self.context.wired else None
+        self._logs = self._listen() if "events" in self.context.wired else []
 
-    def _listen(self) -> KVEventLog:
-        """The log that a failed instance began, or a new one."""
+    def _listen(self) -> list[KVEventLog]:
+        """The logs that a failed instance began, or new ones, one for each worker."""
         from ..kv_runtime.events import KVEventLog
 
-        kept, kv = self.context.kept, self.context.engine.kv
-        if "events" not in kept:
-            kept["events"] = KVEventLog(kv.num_blocks, kv.block_size, self.config.max_event_blocks)
-            kv.listen(kept["events"])
-        log: KVEventLog = kept["events"]
-        log.wake = lambda: self._rung.put([])
-        return log
+        logs: list[KVEventLog] = self.context.kept.setdefault("events", [])
+        if not logs:
+            for worker, kv in enumerate(self.context.engine.kv_caches):
+                logs.append(KVEventLog(kv.num_blocks, kv.block_size, self.config.max_event_blocks, worker))
+                kv.listen(logs[-1])
+        for log in logs:
+            log.wake = lambda: self._rung.put([])
+        return logs
 
     async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         async with anyio.create_task_group() as tasks:
-            if self._events is not None:
-                tasks.start_soon(self._send_events, self._events, out)
+            if self._logs:
+                tasks.start_soon(self._send_events, out)
             await super().run(inlet, out)
             self._rung.close()
 
-    async def _send_events(self, log: KVEventLog, out: Outlet) -> None:
+    async def _send_events(self, out: Outlet) -> None:
         ended = False
         while not ended:
             ended = self._rung.is_closed
-            await out.send(log.take(), "events")
+            await out.send([event for log in self._logs for event in log.take()], "events")
             await self._rung.get()
 
     def _submit(self, sequences: list[Sequence]) -> None:

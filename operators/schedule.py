@@ -48,7 +48,8 @@ class Schedule(Operator[ScheduleConfig]):
     """Lets a sequence pass when there is a running slot for it and KV blocks for its prompt, in the policy's order.
 
     A prompt whose prefix is being computed right now waits for it rather than compute it twice. Cancelled sequences
-    and those past a timeout leave at once, ended, and later stages pass them on. What can never fit is rejected.
+    and those past a timeout leave at once, ended, and later stages pass them on. What can never fit is
+    rejected, and so is a `pin` for which there is no room.
 
     When the run is being ended (SIGTERM), lines of a file that have no lease yet end here, for the next run to compute.
 
@@ -91,6 +92,8 @@ class Schedule(Operator[ScheduleConfig]):
                     check_heeded(sequence.request, policy)
                     check_sampling(sequence.sampling, vocab_size)
                     self._leases.check_fits(sequence)
+                    leases, pins = self._leases, self.context.engine.pins
+                    pins.check(sequence, leases.prompt_blocks(sequence), leases.max_blocks(sequence))
                     self._waiting.offer(sequence)
                 except RequestError as error:
                     refused.append(DeadLetter(str(error), src=sequence.request.src, request=sequence.request))

@@ -17,6 +17,7 @@ from .calls import CallDesk
 from .executors import make_executors
 from .flow.groups import lone_error_unwrapped
 from .scheduler.lease import LeaseBook
+from .scheduler.pin_book import PinBook
 from .scheduler.policies import make_scheduler_policy
 from .scheduler.timeouts import Timeouts
 from .scheduler.waiting import WaitingQueue
@@ -97,6 +98,10 @@ class EngineServices:
         from .scheduler.handover import PairedLeases
 
         return PairedLeases.over(self.kv_caches, scheduler.prefill_workers, slots, size, policy)
+
+    @cached_property
+    def pins(self) -> PinBook:
+        return PinBook(self.kv_caches, int(self.kv.num_blocks * self.config.kv_cache.max_pinned_ratio))
 
     @cached_property
     def calls(self) -> CallDesk:
@@ -267,6 +272,7 @@ class EngineServices:
         """Take back the leases of requests that ended outside the worker."""
         if "leases" not in self.__dict__:
             return
+        self.pins.end(requests)
         reclaimed = [request for request in requests if self.leases.reclaim(request)]
         if reclaimed and "worker" in self.__dict__:
             self.worker.on_leases_returned()
@@ -295,6 +301,7 @@ class EngineServices:
                 "hit_rate": hit / queried if queried else 0.0,
                 "evicted_blocks": sum(cache.evicted_blocks for cache in caches),
                 "cached_blocks": sum(cache.cached_blocks for cache in caches),
+                "pinned_blocks": sum(cache.pinned_blocks for cache in caches),
             }
         if "worker" in self.__dict__:
             stats["worker"] = {

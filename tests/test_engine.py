@@ -147,6 +147,21 @@ def test_five_shared_tokens_are_a_cache_hit(engine):
     assert engine.get_stats()["kv_cache"]["cache_hits"] == before + 1
 
 
+def test_a_pinned_prompt_is_kept_until_it_is_unpinned(engine):
+    def pinned():
+        return engine.get_stats()["kv_cache"]["pinned_blocks"]
+
+    prompt = list(range(40, 75))
+    engine.generate(ask(prompt, 1, pin=True))
+    assert pinned() == 3
+    engine.generate([ask([*prompt, n], 1) for n in range(3)])
+    assert pinned() == 3
+    engine.generate(ask(prompt, 1, unpin=True))
+    assert pinned() == 0
+    with pytest.raises(RequestError, match="found pin and unpin"):
+        engine.generate(ask(prompt, 1, pin=True, unpin=True))
+
+
 def test_calls_from_many_threads_are_batched(engine, greedy):
     outputs = {}
 

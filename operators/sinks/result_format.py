@@ -58,7 +58,7 @@ def dead_letter_fields(letter: DeadLetter) -> dict[str, Any]:
 
 
 def kv_event_fields(event: KVEvent) -> dict[str, Any]:
-    fields: dict[str, Any] = {"kv_event": event.kind.value, "seq": event.seq, "at": event.at}
+    fields: dict[str, Any] = {"kv_event": event.kind.value, "worker": event.worker, "seq": event.seq, "at": event.at}
     if event.kind is KVEventKind.LOST:
         return {**fields, "lost": event.lost}
     if event.kind is KVEventKind.CLEARED:

@@ -80,6 +80,8 @@ class RequestFields(SamplingFields, total=False):
     max_completion_tokens: Count | None
     tenant: str | None
     cache_salt: str | None
+    pin: bool | None
+    unpin: bool | None
     priority: int | None
     deadline_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     stream: bool | None
@@ -209,6 +211,8 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         stream=bool(data.get("stream")),
         tenant=data.get("tenant") or "",
         cache_salt=data.get("cache_salt") or "",
+        pin=bool(data.get("pin")),
+        unpin=bool(data.get("unpin")),
         priority=data.get("priority") or 0,
         deadline_ms=data.get("deadline_ms"),
         src=src,

@@ -163,6 +163,10 @@ class PairedLeases:
         """See `LeaseBook.check_fits`."""
         self.decode[0].check_fits(sequence)
 
+    def max_blocks(self, sequence: Sequence) -> int:
+        """See `LeaseBook.max_blocks`."""
+        return self.decode[0].max_blocks(sequence)
+
     def estimate_blocks(self, sequence: Sequence) -> int:
         """See `LeaseBook.estimate_blocks`."""
         return self.prefill[0].estimate_blocks(sequence)

@@ -107,14 +107,18 @@ class LeaseBook:
         sampling = sequence.sampling
         if sampling.n > self.num_slots:
             raise RequestError(f"n={sampling.n} is more than scheduler.max_batch_size={self.num_slots}")
-        tokens = len(sequence.prompt_tokens) + sampling.max_new_tokens
-        # Each further choice may hold one partly filled block while the first one runs.
-        blocks = -(-tokens // self.block_size) + sampling.n - 1
+        blocks = self.max_blocks(sequence)
         if blocks > self.kv.num_blocks:
             raise RequestError(
                 f"prompt of {len(sequence.prompt_tokens)} tokens + max_new_tokens {sampling.max_new_tokens} needs "
                 f"{blocks} KV blocks, the pool has {self.kv.num_blocks}: shorten it or raise kv_cache.max_tokens"
             )
+
+    def max_blocks(self, sequence: Sequence) -> int:
+        """How many blocks it may come to need in order to go on alone."""
+        tokens = len(sequence.prompt_tokens) + sequence.sampling.max_new_tokens
+        # Each further choice may hold one partly filled block while the first one runs.
+        return -(-tokens // self.block_size) + sequence.sampling.n - 1
 
     def estimate_blocks(self, sequence: Sequence) -> int:
         """How many blocks a lease may take out of the pool: exact if the cache is as kv_lookup found it."""
@@ -238,7 +242,13 @@ class LeaseBook:
 
         self.kv.commit_all(
             [
-                Commit(sequence.prompt_tokens, lease.blocks, namespace_of(sequence), lease.generation)
+                Commit(
+                    sequence.prompt_tokens,
+                    lease.blocks,
+                    namespace_of(sequence),
+                    lease.generation,
+                    sequence.request.pin,
+                )
                 for sequence, lease in computed
             ]
         )

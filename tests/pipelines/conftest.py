@@ -210,9 +210,13 @@ class Run:
             assert not book._computing
             assert not book.load
             book.kv.check_integrity(owners=[])
-            assert book.kv.available() == book.kv.num_blocks
+            assert book.kv.available() == book.kv.num_blocks - book.kv.num_pinned
+        assert not services.pins._reserved
+        assert not services.pins._large
         if self.events is not None and self.error is None and not self.watch_every_s:
-            assert cached_by_events(self.events) == cached_blocks(services.kv)
+            for worker, kv in enumerate(services.kv_caches):
+                events = [event for event in self.events if event.worker == worker]
+                assert cached_by_events(events) == cached_blocks(kv)
 
     def check_everyone_had_one_end(self):
         """Of a run that was not cut off: each request that went in came out once, and right if it was computed."""
@@ -282,16 +286,18 @@ def _interleaving(seed):
         core._ALLOW_DETERMINISTIC_SCHEDULING, core._r = before
 
 
-def make_requests(count, seed=0, stream=False):
+def make_requests(count, seed=0, stream=False, pins=False):
     """Prompts of which many share a beginning, some two or three choices, one to twelve tokens each."""
     chance = random.Random(seed)
     requests = []
     for number in range(count):
         prompt = [chance.choice((7, 8, 9))] * chance.choice((4, 9, 20)) + [number % 256] * chance.randint(1, 9)
         sampling = SamplingParams(max_new_tokens=chance.randint(1, 12), n=chance.choice((1, 1, 1, 2, 3)), temperature=0)
-        requests.append(
-            Request(f"r{number}", prompt_tokens=prompt, sampling=sampling, stream=stream and chance.random() < 0.5)
-        )
+        request = Request(f"r{number}", prompt_tokens=prompt, sampling=sampling)
+        request.stream = stream and chance.random() < 0.5
+        request.pin = pins and chance.random() < 0.3
+        request.unpin = pins and not request.pin and chance.random() < 0.3
+        requests.append(request)
     return requests
 
 

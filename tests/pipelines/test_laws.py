@@ -44,10 +44,11 @@ many = settings(
 
 
 @many
-@given(faults=faults, engine=engines, seed=st.integers(0, 2**16), stream=st.booleans(), watched=st.booleans())
-def test_operators_that_fail_on_any_edge(make_run, make_requests, faults, engine, seed, stream, watched):
+@given(faults=faults, engine=engines, seed=st.integers(0, 2**16), options=st.tuples(*[st.booleans()] * 3))
+def test_operators_that_fail_on_any_edge(make_run, make_requests, faults, engine, seed, options):
+    stream, pins, watched = options
     events = [] if watched else None
-    run = make_run(make_requests(25, seed, stream), engine, faults=faults, seed=seed, events=events)()
+    run = make_run(make_requests(25, seed, stream, pins), engine, faults=faults, seed=seed, events=events)()
     assert run.error is None
     assert run.counts["accepted"] == 25
     run.check_everyone_had_one_end()

@@ -15,6 +15,7 @@ from sageLLM.kv_runtime import KVCache, make_eviction_policy
 from sageLLM.records import Request, SamplingParams, Sequence
 from sageLLM.runtime.scheduler.handover import PairedLeases
 from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint
+from sageLLM.runtime.scheduler.pin_book import PinBook
 from sageLLM.runtime.scheduler.policies import make_scheduler_policy
 from sageLLM.runtime.scheduler.timeouts import Timeouts
 from sageLLM.runtime.scheduler.waiting import WaitingQueue
@@ -64,6 +65,8 @@ class Bench:
             self.leases = LeaseBook(self.kv, slots, block_size, policy)
             books = [self.leases]
         self.books = books
+        self.pins = PinBook(self.kvs, blocks // 2)
+        self.pins.served = True
         self.waiting = WaitingQueue(self.leases, Timeouts.of(config), clock)
         make_executor = executor if strict and executor else lambda: executor or NullExecutor(slots)
         executors = [make_executor() for _ in books]
@@ -112,9 +115,13 @@ class Bench:
         for record in records:
             (self.finished if isinstance(record, Sequence) else self.deltas).append(record)
 
-    def sequence(self, prompt, max_new_tokens=4, stream=False, tenant="", eos=(), interactive=False, **sampling):
+    def sequence(
+        self, prompt, max_new_tokens=4, stream=False, tenant="", eos=(), interactive=False, pin=False, **sampling
+    ):
         params = SamplingParams(max_new_tokens=max_new_tokens, **sampling).with_defaults(temperature=0.0)
-        request = Request("r", prompt_tokens=list(prompt), stream=stream, tenant=tenant, interactive=interactive)
+        request = Request(
+            "r", prompt_tokens=list(prompt), stream=stream, tenant=tenant, interactive=interactive, pin=pin
+        )
         sequence = Sequence(request, np.asarray(prompt, np.int32), params, eos)
         sequence.kv = PrefixHint(0)
         return sequence
@@ -122,6 +129,7 @@ class Bench:
     def offer(self, *sequences):
         for sequence in sequences:
             self.leases.check_fits(sequence)
+            self.pins.check(sequence, self.leases.prompt_blocks(sequence), self.leases.max_blocks(sequence))
             self.waiting.offer(sequence)
 
     def grant(self, sequence):
@@ -161,7 +169,7 @@ class Bench:
             assert not book._computing
             assert not book.load
             book.kv.check_integrity(owners=[])
-            assert book.kv.available() == book.kv.num_blocks
+            assert book.kv.available() == book.kv.num_blocks - book.kv.num_pinned
 
 
 @pytest.fixture

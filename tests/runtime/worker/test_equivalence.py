@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from sageLLM.backends import detect_backend
 from sageLLM.backends.cpu import AVX512Backend
 from sageLLM.config import BackendConfig, KVEviction, KVGranularity, ModelConfig, SchedulerPolicy
+from sageLLM.errors import RequestError
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
 from sageLLM.runtime.worker.sampling import SamplingState
@@ -147,16 +149,22 @@ def check_any_mix(bench, loaded, oracle, losing_executor, data) -> None:
     )
     picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
     n = data.draw(st.sampled_from([1, 1, 2]), label="n")
-    sequences = [b.sequence(prompt, max_new_tokens=count, n=n) for prompt, count in picks]
-    for index, sequence in enumerate(sequences):
+    pins = data.draw(st.sampled_from([0, 0, 2, 5]), label="every so many pin")
+    offered = 0
+    for index, (prompt, count) in enumerate(picks):
+        sequence = b.sequence(prompt, max_new_tokens=count, n=n, pin=pins > 0 and index % pins == 0)
         sequence.request.priority = index % 3
         sequence.request.deadline_ms = 1000.0 - 7 * index if index % 2 else None
-    b.offer(*sequences)
+        with suppress(RequestError):  # no room for the pin, or beside those before it
+            b.offer(sequence)
+            offered += 1
     b.run()
     b.close()
-    for sequence, (prompt, count) in zip(sequences, picks, strict=True):
+    assert len(b.finished) == offered >= (not pins) * len(picks)
+    for sequence in b.finished:
         assert sequence.error is None
-        assert [c.output_tokens for c in sequence.choices] == [oracle(prompt, count)] * n
+        expected = oracle(sequence.prompt_tokens.tolist(), sequence.sampling.max_new_tokens)
+        assert [c.output_tokens for c in sequence.choices] == [expected] * n
     b.check_nothing_leaks()
 
 
