@@ -130,5 +130,7 @@ class TorchBackend:
 
     def memory_bytes(self) -> tuple[int, int]:
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return free + kept, total  # what torch keeps of earlier tensors is free for new ones
         return memory_bytes()
