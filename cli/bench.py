@@ -90,6 +90,27 @@ def step_time(
     click.echo(format_errors(steps, each))
 
 
+@command.command("simulation")
+@click.option("--device", default="local", show_default=True, help="local runs the model; h200, h100, a100 wait.")
+@click.option("--shape", default="qwen2.5-0.5b", show_default=True, help="The model's dimensions.")
+@click.option("--requests", default=40, show_default=True, type=click.IntRange(2), help="How many.")
+@click.option("--rate", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True), help="A second.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0 is every core.")
+def simulation(device: str, shape: str, requests: int, rate: float, threads: int) -> None:
+    """What `sagellm simulate` predicts for Poisson arrivals, and what the real engine does with them.
+
+    On a preset only the device is not real: it answers when the preset's would have.
+    """
+    from ..benchmarks.measurement import format_table
+    from ..benchmarks.simulation_check import check_simulation
+    from ..benchmarks.workloads import SHAPES
+
+    if shape not in SHAPES:
+        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    rows = check_simulation(shape, device, requests, rate, threads)
+    click.echo(format_table(["figure", "measured", "predicted", "error"], rows))
+
+
 @command.command("kv-trace")
 @click.option(
     "--trace",

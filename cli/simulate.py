@@ -36,7 +36,7 @@ def _check_workers(context: click.Context, option: click.Parameter, given: tuple
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSON lines: timestamp (ms), input_length, output_length; maybe hash_ids, tenant, priority, deadline_ms.",
 )
-@click.option("--device", default="h200", show_default=True, help="A preset of rates: h200, h100, a100.")
+@click.option("--device", default="h200", show_default=True, help="h200, h100, a100: presets; local: this machine.")
 @click.option("--mode", "modes", multiple=True, type=_choice(SchedulerMode), help="Repeatable, as ...")
 @click.option("--policy", "policies", multiple=True, type=_choice(SchedulerPolicy), help="... are these ...")
 @click.option("--eviction", "evictions", multiple=True, type=_choice(KVEviction), help="... three.")

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     from ...records import Sequence
     from ..scheduler.plan import StepPlan
-    from .virtual_time import VirtualTime
+
+
+class Now(Protocol):
+    """A clock; `VirtualTime` is one."""
+
+    @property
+    def now(self) -> float:
+        """In seconds."""
+        ...
 
 
 class StepTimes(Protocol):
@@ -83,7 +91,7 @@ class SimulatedExecutor:
         num_slots: int,
         num_layers: int,
         times: StepTimes,
-        time: VirtualTime,
+        time: Now,
         output_token: Callable[[Sequence], int],
     ) -> None:
         self.busy_s = 0.0

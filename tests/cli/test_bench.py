@@ -92,6 +92,18 @@ def test_kv_trace_prints_a_row_for_each_size_and_policy(tmp_path):
     assert [line.split()[1] for line in result.stdout.splitlines()[2:]] == ["cost"] * 4
 
 
+def test_simulation_sets_the_real_engine_beside_the_simulator():
+    """On a device that only takes time."""
+    arguments = ("--device", "h200", "--shape", "tiny", "--requests", "6", "--rate", "100")
+    result = bench("simulation", *arguments)
+    assert result.exit_code == 0, result.output
+    header, _, *rows = result.stdout.splitlines()
+    assert header.split() == ["figure", "measured", "predicted", "error"]
+    names = [f"{name} {figure} ms" for name in ("TTFT", "TPOT") for figure in ("mean", "p50", "p99")]
+    assert [row[:15].strip() for row in rows] == [*names, "output tokens/s"]
+    assert all(float(value) > 0 for row in rows for value in row[15:].split()[:2])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -100,6 +112,8 @@ def test_kv_trace_prints_a_row_for_each_size_and_policy(tmp_path):
         (["compare", "--workload", "cpu-tripple"], 2, "cpu-single, cpu-batch, cpu-prefix, overhead"),
         (["compare", "--peer", "nobody"], 78, "no peer 'nobody'; there is: transformers"),
         (["overhead", "--requests", "0"], 2, "--requests"),
+        (["simulation", "--shape", "tinny"], 2, "no shape 'tinny'; there is: qwen2.5-0.5b"),
+        (["simulation", "--shape", "tiny", "--device", "h201"], 78, "no device 'h201'; there is: local, h200"),
         (["kv-trace"], 2, "Missing option '--trace'"),
         (["kv-trace", "--trace", "nowhere.jsonl"], 2, "'nowhere.jsonl' does not exist"),
         (["kv-trace", "--trace", __file__, "--eviction", "fifo"], 2, "'lru', 'lfu', 'cost'"),
