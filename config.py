@@ -146,8 +146,14 @@ class KVCacheConfig(Config):
     `ttl_s` seconds is forgotten even if there is room; 0 is never. Neither holds for the prompts that requests with
     `pin` keep cached, together in at most the share `max_pinned_ratio` of the pool.
 
-    `granularity` is the unit in which KV moves between workers: BLOCK and LAYER send a layer as soon as it is computed,
-    TOKEN and HEAD all layers at the end of a step.
+    `granularity` is the unit in which KV moves between workers (BLOCK and LAYER send a layer as soon as it is computed,
+    TOKEN and HEAD all layers at the end of a step) and between tiers.
+
+    With `enable_tiering`, what the pool gives up is kept in main memory (DDR), and what that gives up in files below
+    `nvme_path` (NVME), which outlive the process. `max_tokens` is the pool's size, HBM; the other sizes are either
+    `ddr_tokens` and `nvme_tokens`, or `hbm_ratio`, `ddr_ratio` and `nvme_ratio`, the tiers' shares of all, which add
+    up to 1. Without DDR, what goes to files is buffered in main memory, at most 256 blocks. KV is brought
+    up only where that is estimated to be faster than to compute it.
     """
 
     max_tokens: Positive = 65536
@@ -157,6 +163,8 @@ class KVCacheConfig(Config):
     hbm_ratio: Ratio = 1.0
     ddr_ratio: Ratio = 0.0
     nvme_ratio: Ratio = 0.0
+    ddr_tokens: Positive | None = None
+    nvme_tokens: Positive | None = None
     nvme_path: Path | None = None
     enable_prefix_caching: bool = True
     enable_cross_request_sharing: bool = True
@@ -169,8 +177,6 @@ class KVCacheConfig(Config):
 
     @model_validator(mode="after")
     def _available(self) -> KVCacheConfig:
-        tiered = self.enable_tiering or self.ddr_ratio > 0 or self.nvme_ratio > 0 or self.nvme_path is not None
-        _refuse(tiered or self.hbm_ratio < 1, "kv_cache tiering", "leave enable_tiering, the ratios and nvme_path out")
         _refuse(self.enable_migration, "kv_cache.enable_migration", "leave it false")
         changed = {"hot_threshold", "cold_timeout_s"} & self.model_fields_set
         _refuse(
@@ -183,6 +189,45 @@ class KVCacheConfig(Config):
         if self.max_tokens < self.block_size:
             raise ValueError(f"max_tokens {self.max_tokens} is less than one block of {self.block_size} tokens")
         return self
+
+    @model_validator(mode="after")
+    def _tiers(self) -> KVCacheConfig:
+        ratios = (self.hbm_ratio, self.ddr_ratio, self.nvme_ratio)
+        sizes = {"ddr_tokens": self.ddr_tokens, "nvme_tokens": self.nvme_tokens}
+        if not self.enable_tiering:
+            given = [name for name, size in sizes.items() if size] + ["nvme_path"] * (self.nvme_path is not None)
+            given += ["hbm_ratio, ddr_ratio and nvme_ratio"] * (ratios != (1.0, 0.0, 0.0))
+            if given:
+                raise ValueError(f"{given[0]} is for enable_tiering: true: write that, or leave it out")
+            return self
+        if not (self.enable_prefix_caching and self.enable_cross_request_sharing):
+            raise ValueError("enable_tiering keeps prefixes, but none are cached: leave it out, or cache them")
+        if self.ttl_s:
+            raise ValueError(f"ttl_s {self.ttl_s} forgets what enable_tiering keeps: leave one of them out")
+        if ratios != (1.0, 0.0, 0.0):
+            if any(sizes.values()):
+                raise ValueError("found ratios and ddr_tokens or nvme_tokens: write sizes in one of these ways")
+            if not self.hbm_ratio or abs(sum(ratios) - 1) > 1e-6:
+                raise ValueError(f"hbm_ratio, ddr_ratio, nvme_ratio: found {ratios}, write shares that add up to 1")
+        ddr, nvme = self.tier_tokens
+        if not ddr and not nvme:
+            raise ValueError("enable_tiering: say how large the tiers are, ddr_tokens: 262144 for example")
+        for name, tokens in (("ddr", ddr), ("nvme", nvme)):
+            if 0 < tokens < self.block_size:
+                raise ValueError(f"{name}: {tokens} tokens are less than one block of {self.block_size}")
+        if bool(nvme) != (self.nvme_path is not None):
+            raise ValueError("nvme_path and nvme_tokens (or nvme_ratio) go together: give both, or neither")
+        return self
+
+    @property
+    def tier_tokens(self) -> tuple[int, int]:
+        """How many tokens DDR and NVME hold; 0 is no such tier."""
+        if not self.enable_tiering:
+            return 0, 0
+        if self.ddr_tokens or self.nvme_tokens:
+            return self.ddr_tokens or 0, self.nvme_tokens or 0
+        whole = self.max_tokens / self.hbm_ratio
+        return round(whole * self.ddr_ratio), round(whole * self.nvme_ratio)
 
 
 class SchedulerConfig(Config):
@@ -328,7 +373,10 @@ class SageLLMConfig(Config):
         _refuse(mode is not InferenceMode.STANDARD, f"inference_mode {mode.name}", "use STANDARD")
         if self.scheduler.mode is not SchedulerMode.STRICT:
             for moved, option in (
-                (self.kv_cache.granularity is not KVGranularity.BLOCK, "kv_cache.granularity"),
+                (
+                    self.kv_cache.granularity is not KVGranularity.BLOCK and not self.kv_cache.enable_tiering,
+                    "kv_cache.granularity",
+                ),
                 (self.scheduler.on_transfer_failure == "fail", "scheduler.on_transfer_failure"),
             ):
                 if moved:
@@ -336,6 +384,16 @@ class SageLLMConfig(Config):
         if len(self.backend.device_ids) not in (1, self.scheduler.num_workers):
             wanted = f"one, or {self.scheduler.num_workers}, one for each worker, those for prefill first"
             raise ValueError(f"backend.device_ids: found {self.backend.device_ids}, give {wanted}")
+        _refuse(
+            self.kv_cache.enable_tiering and self.scheduler.prefill_workers > 1,
+            "kv_cache.enable_tiering with more than one prefill worker",
+            "write scheduler.prefill_workers: 1",
+        )
+        _refuse(
+            self.kv_cache.enable_tiering and self.scheduler.isolation is Isolation.PROCESS,
+            "kv_cache.enable_tiering with scheduler.isolation process",
+            "write scheduler.isolation: thread",
+        )
         caches = self.kv_cache.enable_prefix_caching and self.kv_cache.enable_cross_request_sharing
         if self.scheduler.policy is SchedulerPolicy.LONGEST_PREFIX and not caches:
             raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..config import KVEviction, KVGranularity
+from .block_hash import block_hashes
 from .cache import Acquired, Commit, KVCache, KVCacheStats, PrefixMatch, Want
-from .events import KVEventLog, block_hashes
+from .events import KVEventLog
 from .eviction import make_eviction_policy
 from .listener import CacheListener
 

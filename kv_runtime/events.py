@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from hashlib import sha256
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..records import KVEvent, KVEventKind
+from .block_hash import chain_hashes, root_hash
 from .node import NO_TOKENS
 
 if TYPE_CHECKING:
@@ -20,30 +20,6 @@ if TYPE_CHECKING:
     from .pool import Int32Array
 
 _NO_ONE = ("", "")
-
-
-def _root_hash(namespace: Namespace) -> bytes:
-    return sha256("\0".join([str(len(namespace[0])), *namespace]).encode()).digest()[:16]
-
-
-def _chain(parent: bytes, tokens: Int32Array, block_size: int) -> list[bytes]:
-    """The hashes of the whole blocks of `tokens` [T], which follow the block `parent`."""
-    data, step = tokens.tobytes(), 4 * block_size
-    digests = []
-    for begin in range(0, len(data) - step + 1, step):
-        parent = sha256(parent + data[begin : begin + step]).digest()[:16]
-        digests.append(parent)
-    return digests
-
-
-def block_hashes(tokens: Int32Array, block_size: int, tenant: str = "", cache_salt: str = "") -> list[str]:
-    """Return the hash of each whole block of a prompt [T], as KV events name it: 32 hexadecimal digits.
-
-    A block's hash is that of all tokens up to its end and of who may share them: the first 16 bytes of SHA-256 over the
-    hash of the block before and its own tokens as little-endian int32.
-    """
-    prompt = np.asarray(tokens, dtype="<i4")
-    return [digest.hex() for digest in _chain(_root_hash((tenant, cache_salt)), prompt, block_size)]
 
 
 class _Noted(NamedTuple):
@@ -94,7 +70,7 @@ class KVEventLog:
         size = self._block_size
         begin, end = first * size, (first + len(blocks)) * size
         namespace, parent, tokens = self._look_up(node, begin)
-        digests = _chain(parent, tokens[: end - begin], size)
+        digests = chain_hashes(parent, tokens[: end - begin], size)
         for block, digest in zip(blocks, digests, strict=True):
             self._digests[block] = digest
         self._note(KVEventKind.STORED, namespace, begin, parent if begin else b"", digests, tokens[: end - begin])
@@ -126,7 +102,7 @@ class KVEventLog:
             block = node.blocks.item((begin - 1) // size - node.start // size)
             parent = self._digests[block]
         else:
-            parent = _root_hash(namespace)
+            parent = root_hash(namespace)
         return namespace, parent, np.concatenate(runs[::-1])
 
     def _note(

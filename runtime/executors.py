@@ -111,9 +111,8 @@ def _make_executor(config: SageLLMConfig, model: DecoderModel, backend: Backend)
     kv, scheduler = config.kv_cache, config.scheduler
     unit = KVGranularity.LAYER if kv.granularity is KVGranularity.BLOCK else kv.granularity
     num_blocks = kv.max_tokens // kv.block_size
-    return TorchExecutor(
-        model, backend, num_blocks, kv.block_size, scheduler.max_batch_size, unit, scheduler.transfer_timeout_s
-    )
+    slots, timeout_s = scheduler.max_batch_size, scheduler.transfer_timeout_s
+    return TorchExecutor(model, backend, num_blocks, kv.block_size, slots, unit, timeout_s, kv.granularity)
 
 
 def _refuse_device(backend: BackendConfig) -> None:

@@ -40,6 +40,17 @@ def check_kv_pool(kv: KVCacheConfig, block_bytes: int, free: int, num_pools: int
     _refuse_above("kv_cache.max_tokens", kv.max_tokens, most, needed, free)
 
 
+def check_host_tier(num_blocks: int, block_bytes: int) -> None:
+    """Whether the DDR tier fits into main memory.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    free = memory_bytes()[0]
+    most = _usable(free) // max(1, block_bytes)
+    _refuse_above("kv_cache.ddr_tokens, in blocks", num_blocks, most, num_blocks * block_bytes, free)
+
+
 def _usable(free: int) -> int:
     return free - free // _KEPT
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import anyio
 
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
     from ..backends.base import Backend
     from ..config import SageLLMConfig
     from ..graph.pipeline import Pipeline
+    from ..kv_runtime.tiers import KVTiers
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
     from ..records import Request, Sequence
     from .scheduler.handover import PairedLeases
     from .worker.disaggregated import DisaggregatedWorkers
-    from .worker.executor import Executor
+    from .worker.executor import Executor, PooledExecutor
     from .worker.process.remote_executor import RemoteExecutor
     from .worker.stop_strings import StopStringMatcher
     from .worker.worker import Worker
@@ -148,11 +150,33 @@ class EngineServices:
         return make_executors(self.config, self.model, None if self.is_null else self.backend)
 
     @cached_property
+    def tiers(self) -> KVTiers | None:
+        """The tiers below the KV pool, if there are any."""
+        if not self.config.kv_cache.enable_tiering:
+            return None
+        from .tiers import build_tiers
+
+        executor = cast("PooledExecutor", self.executors[0])  # the configuration refuses processes
+        cost = None if self.is_null else self.step_cost
+        tiers = build_tiers(self.config.kv_cache, self.model, self.kv, executor, cost, self.clock)
+        leases = self.leases if isinstance(self.leases, LeaseBook) else self.leases.prefill[0]
+        leases.fetcher = tiers.fetcher
+        tiers.fetcher.on_fetched.append(self._on_fetched)
+        return tiers
+
+    def _on_fetched(self) -> None:
+        """Somebody may wait for it: a sequence for its lease, or a preempted row."""
+        self.worker.on_leases_returned()
+        for worker in self.worker.workers:
+            worker.wake()
+
+    @cached_property
     def worker(self) -> Worker | DisaggregatedWorkers:
         from .worker.disaggregated import DecodeWorker, DisaggregatedWorkers, PrefillWorker
         from .worker.worker import Worker
 
         executors, leases = self.executors, self.leases  # executors first: they refuse what does not fit
+        self.tiers  # noqa: B018 - built on first use
         if isinstance(leases, LeaseBook):
             return self._make_worker(Worker, executors[0], leases)
         count = len(leases.prefill)
@@ -250,6 +274,8 @@ class EngineServices:
                 finally:
                     for driver in drivers:
                         driver.stop()
+                    if self.tiers is not None:
+                        self.tiers.close()
                     for executor in self.executors:
                         executor.close()
 
@@ -303,6 +329,8 @@ class EngineServices:
                 "cached_blocks": sum(cache.cached_blocks for cache in caches),
                 "pinned_blocks": sum(cache.pinned_blocks for cache in caches),
             }
+        if "tiers" in self.__dict__ and self.tiers is not None:
+            stats["kv_tiers"] = asdict(self.tiers.stats())
         if "worker" in self.__dict__:
             stats["worker"] = {
                 "steps": self.worker.steps,

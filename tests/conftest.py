@@ -146,6 +146,18 @@ class LosingExecutor:
     def pool(self):
         return self._inner.pool
 
+    @property
+    def block_io(self):
+        return self._inner.block_io
+
+    @property
+    def before_step(self):
+        return self._inner.before_step
+
+    @before_step.setter
+    def before_step(self, flush):
+        self._inner.before_step = flush
+
     def connect(self, peers):
         self._inner.connect(peers)
 

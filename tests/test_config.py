@@ -86,6 +86,39 @@ def test_yaml_writes_enums_in_any_case(tmp_path, write):
     assert config.backend.backend_type is BackendType.CPU
 
 
+TIERING = {"enable_tiering": True}
+
+
+@pytest.mark.parametrize(
+    ("asked", "problem"),
+    [
+        (TIERING, "say how large the tiers are, ddr_tokens: 262144 for example"),
+        ({"ddr_tokens": 4096}, "ddr_tokens is for enable_tiering: true"),
+        ({"nvme_path": "/kv"}, "nvme_path is for enable_tiering: true"),
+        ({"hbm_ratio": 0.5, "ddr_ratio": 0.5}, "hbm_ratio, ddr_ratio and nvme_ratio is for enable_tiering: true"),
+        ({**TIERING, "ddr_tokens": 4}, "ddr: 4 tokens are less than one block of 16"),
+        ({**TIERING, "nvme_tokens": 4096}, "nvme_path and nvme_tokens .* go together"),
+        ({**TIERING, "ddr_tokens": 4096, "nvme_path": "/kv"}, "nvme_path and nvme_tokens .* go together"),
+        ({**TIERING, "ddr_tokens": 4096, "hbm_ratio": 0.5, "ddr_ratio": 0.5}, "write sizes in one of these ways"),
+        ({**TIERING, "hbm_ratio": 0.5, "ddr_ratio": 0.2}, "write shares that add up to 1"),
+        ({**TIERING, "hbm_ratio": 0, "ddr_ratio": 1}, "write shares that add up to 1"),
+        ({**TIERING, "ddr_tokens": 4096, "ttl_s": 60}, "ttl_s 60.0 forgets what enable_tiering keeps"),
+        ({**TIERING, "ddr_tokens": 4096, "enable_prefix_caching": False}, "but none are cached"),
+    ],
+)
+def test_tiers_that_cannot_be(asked, problem):
+    with pytest.raises(ValidationError, match=problem):
+        KVCacheConfig(**asked)
+
+
+def test_the_sizes_of_tiers(tmp_path):
+    assert KVCacheConfig().tier_tokens == (0, 0)
+    assert KVCacheConfig(**TIERING, ddr_tokens=4096, granularity="token").tier_tokens == (4096, 0)
+    assert KVCacheConfig(**TIERING, nvme_tokens=8192, nvme_path=tmp_path).tier_tokens == (0, 8192)
+    ratios = {"hbm_ratio": 0.1, "ddr_ratio": 0.3, "nvme_ratio": 0.6, "max_tokens": 1600}
+    assert KVCacheConfig(**TIERING, **ratios, nvme_path=tmp_path).tier_tokens == (4800, 9600)
+
+
 @pytest.mark.parametrize("policy", SchedulerPolicy)
 def test_a_policy_is_written_in_any_case(policy):
     assert SchedulerConfig().policy is SchedulerPolicy.FCFS
@@ -144,11 +177,6 @@ LATER = [
     (ModelConfig, {"quantization_config": {"bits": 4}}, "model.quantization_config"),
     (ModelConfig, {"sparsity_pattern": "2:4"}, "model.sparsity_pattern"),
     (ModelConfig, {"sparsity_ratio": 0.5}, "model.sparsity_ratio"),
-    (KVCacheConfig, {"enable_tiering": True}, "kv_cache tiering"),
-    (KVCacheConfig, {"hbm_ratio": 0.5}, "kv_cache tiering"),
-    (KVCacheConfig, {"ddr_ratio": 0.5}, "kv_cache tiering"),
-    (KVCacheConfig, {"nvme_ratio": 0.5}, "kv_cache tiering"),
-    (KVCacheConfig, {"nvme_path": "/tmp/kv"}, "kv_cache tiering"),
     (KVCacheConfig, {"enable_migration": True}, "kv_cache.enable_migration"),
     (KVCacheConfig, {"hot_threshold": 2.0}, "kv_cache.hot_threshold"),
     (KVCacheConfig, {"cold_timeout_s": 5.0}, "kv_cache.cold_timeout_s"),

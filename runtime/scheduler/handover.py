@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import Acquired, KVCache
     from ...kv_runtime.pool import Int32Array
+    from ...kv_runtime.tiers import Fetcher
     from ...records import Request, Sequence
     from .lease import Lease, Namespace
     from .policies import Policy
@@ -152,6 +153,11 @@ class PairedLeases:
     @property
     def any_in_transit(self) -> bool:
         return any(book.any_in_transit for book in self._all)
+
+    @property
+    def fetcher(self) -> Fetcher | None:
+        """Of the only prefill worker that has tiers below its pool."""
+        return self.prefill[0].fetcher
 
     def room(self) -> tuple[int, int]:
         """Slots and blocks that could be granted now, at most."""

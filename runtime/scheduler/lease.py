@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import Acquired, KVCache, Want
     from ...kv_runtime.pool import Int32Array
+    from ...kv_runtime.tiers import Fetch, Fetcher
     from ...records import Request, Sequence
     from .handover import Handover
     from .policies import Policy
@@ -63,6 +64,7 @@ class PrefixHint:
 
     tokens: int
     prefix_key: PrefixKey | None = None  # under which its prompt is announced
+    fetch: Fetch | None = None  # for what lower tiers have of it
 
 
 @dataclass(slots=True)
@@ -76,6 +78,7 @@ class LeaseBook:
     policy: Policy
     worker: int = 0
     paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
+    fetcher: Fetcher | None = None  # where there are tiers
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
     _computing: dict[PrefixKey, list[Sequence]] = field(default_factory=dict)
@@ -274,8 +277,8 @@ class LeaseBook:
 
     @property
     def any_in_transit(self) -> bool:
-        """Whether blocks belong to a lease whose sequence has not reached the worker, or never will."""
-        return bool(self._in_transit or self._changing)
+        """Whether blocks belong to a lease whose sequence has not reached the worker, or never will, or to a fetch."""
+        return bool(self._in_transit or self._changing or (self.fetcher and self.fetcher.num_coming))
 
     @contextmanager
     def _change(self) -> Iterator[None]:

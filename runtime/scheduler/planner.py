@@ -57,6 +57,7 @@ class Planner:
         self._leases_in_transit = leases_in_transit
         self._time_share = time_share
         self._copies: list[BlockCopy] = []
+        self._copied: list[int] = []  # sources of the newest plan's copies, retained until it has been launched
         self.preemptions = 0
 
     def add_copy(self, copy: BlockCopy) -> None:
@@ -70,6 +71,7 @@ class Planner:
             MustReadFirst: a row must be preempted, but `unread_steps` > 0.
             KVCacheError: one row alone does not fit the pool (admission should have refused it).
         """
+        self._release_copied()
         self._resume_preempted()
         if self._time_share is None:
             decode = self._decode_slots(unread_steps)
@@ -180,6 +182,12 @@ class Planner:
             else:
                 self.preempt(slot)
 
+    def _release_copied(self) -> None:
+        """The newest plan has been launched: whoever writes to the sources from now on comes after the copies."""
+        if self._copied:
+            self._kv.release(np.array(self._copied, np.int32))
+            self._copied = []
+
     def _drop_copies_into(self, blocks: NDArray[np.int32]) -> None:
         owned = set(blocks.tolist())
         kept = []
@@ -192,6 +200,7 @@ class Planner:
 
     def forget(self, slots: list[int]) -> None:
         """Rows end: their copies that were not launched are dropped and their blocks released."""
+        self._release_copied()
         blocks = self._table.all_blocks(slots)
         if self._copies:
             self._drop_copies_into(blocks)
@@ -290,8 +299,7 @@ class Planner:
             sample_rows = np.concatenate([sample_rows, extra_rows])
         width = int(table.num_blocks[slots].max())
         copies, self._copies = self._copies, []
-        if copies:
-            self._kv.release(np.array([copy.source for copy in copies], np.int32))
+        self._copied = [copy.source for copy in copies]
         return StepPlan(
             decode_slots=decode,
             decode_positions=table.computed[decode],

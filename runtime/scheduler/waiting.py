@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ...records import Choice, FinishReason, Sequence
+from .lease import PrefixHint
 from .timeouts import NEVER
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def end_unstarted(sequence: Sequence, reason: FinishReason, now: float) -> None:
 class WaitingQueue:
     """Sequences that wait for a lease, in the policy's order.
 
-    A sequence whose prefix a running prompt computes is passed over and keeps its place. `tokens` and `blocks` are what
+    A sequence whose prefix a running prompt computes, or whose KV comes up from a lower tier, is passed over and keeps
+    its place. `tokens` and `blocks` are what
     the prompts of all that wait come to, and the KV blocks that they fill. `clock` gives monotonic seconds.
     """
 
@@ -74,7 +76,7 @@ class WaitingQueue:
         for sequence in self._waiting.in_order():
             if blocks <= 0 or sequence.sampling.n > slots:
                 break
-            if leases.announce(sequence):
+            if not self._is_fetching(sequence) and leases.announce(sequence):
                 candidates.append(sequence)
                 slots -= sequence.sampling.n
                 blocks -= leases.estimate_blocks(sequence)
@@ -88,11 +90,23 @@ class WaitingQueue:
         self._remove(granted)
         return granted
 
+    def _is_fetching(self, sequence: Sequence) -> bool:
+        fetcher, hint = self._leases.fetcher, sequence.kv
+        return bool(
+            fetcher and isinstance(hint, PrefixHint) and hint.fetch is not None and fetcher.is_coming(hint.fetch)
+        )
+
     def next_timeout(self) -> float:
-        """When the first of those that wait must be given up, in monotonic seconds; infinity if nobody must."""
-        if not self._interactive:
-            return float("inf")
-        return min(map(self._timeouts.end_of_waiting, self._waiting), default=NEVER).at
+        """When the first of those that wait must be looked at again, in monotonic seconds; infinity if nobody must."""
+        soonest = float("inf")
+        if self._interactive:
+            soonest = min(map(self._timeouts.end_of_waiting, self._waiting), default=NEVER).at
+        fetcher = self._leases.fetcher
+        if fetcher is not None and fetcher.num_coming:
+            hints = (sequence.kv for sequence in self._waiting)
+            fetches = (hint.fetch for hint in hints if isinstance(hint, PrefixHint) and hint.fetch is not None)
+            soonest = min(soonest, min(map(fetcher.deadline, fetches), default=soonest))
+        return soonest
 
     def take_lines(self, is_copied: Callable[[Request], bool]) -> list[Sequence]:
         """Remove, as cancelled, the lines of files: another run can compute them. Copies, which end alike, stay."""

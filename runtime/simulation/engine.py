@@ -96,6 +96,8 @@ class SimulatedEngine:
         output_token: Callable[[Sequence], int],
         on_end: Callable[[Sequence], None],
     ) -> None:
+        if config.kv_cache.enable_tiering:
+            raise ConfigError("kv_cache.enable_tiering: tiers are not simulated; leave it out")
         slots, layers = config.scheduler.max_batch_size, target.model.architecture.num_layers
         self.executors = [
             SimulatedExecutor(slots, layers, target.times, time, output_token)

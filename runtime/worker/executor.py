@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ...kv_runtime.tiers.block_io import NoBytesIO
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
+    from ...kv_runtime.tiers import BlockIO
     from ...records import Sequence
     from ..scheduler.plan import StepPlan, StepResult
 
@@ -71,6 +76,20 @@ class Executor(Protocol):
         ...
 
 
+class PooledExecutor(Executor, Protocol):
+    """An executor whose pool is within reach of this process, for tiers.
+
+    `before_step` is called before each step writes to the pool, where the device's operations are queued.
+    """
+
+    before_step: Callable[[], None]
+
+    @property
+    def block_io(self) -> BlockIO:
+        """Copies blocks of the pool out and in."""
+        ...
+
+
 class _NullHandle:
     __slots__ = ("_result",)
 
@@ -87,6 +106,8 @@ class NullExecutor:
     pool = None
 
     def __init__(self, num_slots: int) -> None:
+        self.before_step: Callable[[], None] = lambda: None
+        self.block_io = NoBytesIO()
         self._prompt_length = np.zeros(num_slots, np.int64)
 
     def connect(self, peers: list[Any]) -> None:
@@ -107,6 +128,7 @@ class NullExecutor:
     def launch(self, plan: StepPlan) -> StepHandle:
         from ..scheduler.plan import StepResult
 
+        self.before_step()
         for export in plan.exports:
             export.done()
         tokens = 97 + (self._prompt_length[plan.sample_slots] + plan.sample_steps) % 26

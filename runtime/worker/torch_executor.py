@@ -17,6 +17,7 @@ from ..scheduler.plan import StepResult
 from .kv_sender import KVSender
 from .logprobs import prompt_logprobs, to_records
 from .sampling import SamplingState
+from .torch_block_io import TorchBlockIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,9 +61,11 @@ class TorchExecutor:
         num_slots: int,
         handover_unit: KVGranularity = KVGranularity.LAYER,
         transfer_timeout_s: float = 0.0,
+        tier_unit: KVGranularity = KVGranularity.BLOCK,
     ) -> None:
         """Allocate everything. KV is handed over in `handover_unit`s; a step's may take `transfer_timeout_s`, 0 is any
-        time."""
+        time. Tiers copy it in `tier_unit`s."""
+        self.before_step: Callable[[], None] = lambda: None
         self._model = model
         self._backend = backend
         self._block_size = block_size
@@ -77,6 +80,7 @@ class TorchExecutor:
         self._to_copy: deque[list[tuple[int, int]]] = deque()  # on the device thread
         self._handover = (handover_unit, transfer_timeout_s)
         self._sender: KVSender | None = None
+        self.block_io = TorchBlockIO(self._kv, tier_unit, self._wait_for_launched)
 
     @property
     def pool(self) -> Tensor:
@@ -111,6 +115,10 @@ class TorchExecutor:
         self._changed, self._copies = {}, []
         return step
 
+    def _wait_for_launched(self) -> None:
+        """Until the steps launched so far are done, as far as the host can tell, and no copy of theirs is left."""
+        self._thread.submit(self._copy_blocks).result()
+
     def close(self) -> None:
         """Wait for what was launched and end the threads."""
         self._thread.shutdown()
@@ -142,6 +150,7 @@ class TorchExecutor:
         on_layer: Callable[[int], None] | None,
     ) -> Callable[[], StepResult]:
         self._note(changed, copies)
+        self.before_step()
         self._copy_blocks()
         self._admit_rows(plan)
         device = self._backend.device

@@ -23,9 +23,11 @@ faults = st.dictionaries(
     min_size=1,
     max_size=3,
 )
+kv_caches = st.fixed_dictionaries({"max_tokens": st.sampled_from((64, 128, 512)), "block_size": st.just(4)})
+tiers = st.sampled_from(({}, {"enable_tiering": True, "ddr_tokens": 32}, {"enable_tiering": True, "ddr_tokens": 512}))
 engines = st.fixed_dictionaries(
     {
-        "kv_cache": st.fixed_dictionaries({"max_tokens": st.sampled_from((64, 128, 512)), "block_size": st.just(4)}),
+        "kv_cache": st.builds(lambda kv_cache, tiers: kv_cache | tiers, kv_caches, tiers),
         "scheduler": st.fixed_dictionaries(
             {
                 "max_batch_size": st.integers(3, 8),
@@ -34,6 +36,9 @@ engines = st.fixed_dictionaries(
             },
         ).flatmap(lambda common: st.sampled_from([{**common, **mode} for mode in MODES])),
     }
+)
+engines = engines.filter(  # tiers are below one pool for prompts
+    lambda engine: "ddr_tokens" not in engine["kv_cache"] or engine["scheduler"].get("prefill_workers", 1) == 1
 )
 many = settings(
     max_examples=40,
@@ -98,6 +103,41 @@ def test_a_device_that_stumbles(make_run, make_requests, small_engine, seed, oft
     assert run.error is None
     run.check_everyone_had_one_end()
     assert run.counts.get("error", 0) == len(run.letters)
+
+
+@settings(many, max_examples=20)
+@given(seed=st.integers(0, 2**16), often=st.sampled_from((0.05, 0.5)), disk_holds=st.sampled_from((0, 10, 10**6)))
+def test_tiers_that_stumble_on_a_disk_that_fills(make_run, make_requests, tmp_path, seed, often, disk_holds):
+    import random
+
+    from sageLLM.kv_runtime.tiers import NoBytesIO, block_file
+
+    chance, written, writev = random.Random(seed), [], block_file.os.writev
+
+    def stumble(self, *arguments):
+        if chance.random() < often:
+            raise RuntimeError("the copy stumbled")
+
+    def fill(fd, parts):
+        written.append(fd)
+        if len(written) > disk_holds:
+            raise OSError(28, "No space left on device")
+        return writev(fd, parts)
+
+    engine = {
+        "kv_cache": {
+            "max_tokens": 64, "block_size": 4, "enable_tiering": True, "ddr_tokens": 32, "nvme_tokens": 4096,
+            "nvme_path": str(tmp_path / f"{seed} {often} {disk_holds}"),
+        }
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("read", "write", "fence"):
+            patch.setattr(NoBytesIO, method, stumble)
+        patch.setattr(block_file.os, "writev", fill)
+        run = make_run(make_requests(25, seed), engine, seed=seed)()
+    assert run.error is None
+    run.check_everyone_had_one_end()
+    assert run.counts == {"accepted": 25, "done": 25}
 
 
 @many

@@ -12,9 +12,10 @@ import pytest
 
 from sageLLM.config import KVCacheConfig, SchedulerConfig, SchedulerMode
 from sageLLM.kv_runtime import KVCache, make_eviction_policy
+from sageLLM.kv_runtime.tiers import KVTiers
 from sageLLM.records import Request, SamplingParams, Sequence
 from sageLLM.runtime.scheduler.handover import PairedLeases
-from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint
+from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint, namespace_of
 from sageLLM.runtime.scheduler.pin_book import PinBook
 from sageLLM.runtime.scheduler.policies import make_scheduler_policy
 from sageLLM.runtime.scheduler.timeouts import Timeouts
@@ -30,6 +31,7 @@ class Bench:
     For `kv_cache`'s `eviction` and `ttl_s` a second passes each time that the KV books look at their clock. With mode
     strict `executor` is a function that makes one for each worker; `seed` says in which order the workers take turns.
     With `slow_doors` sequences are on their way to a worker for a step or more.
+    `tiers` are the arguments of KVTiers below the first worker's pool; its copier takes turns in `run`, by `seed`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Bench:
         executor=None,
         stop_matcher=None,
         kv_cache=(),
+        tiers=None,
         clock=time.monotonic,
         seed=0,
         slow_doors=False,
@@ -88,6 +91,12 @@ class Bench:
             (self.worker,) = workers
         self.executors = executors
         self._chance = random.Random(seed)
+        self.jobs = deque()
+        self.tiers = None
+        if tiers is not None:
+            self.tiers = KVTiers(self.kv, executors[0].block_io, submit=self.jobs.append, **tiers)
+            books[0].fetcher = self.tiers.fetcher
+            executors[0].before_step = self.tiers.flush
         self.commit = commit
         self.slow_doors = slow_doors
         self.entering = deque([[]] if slow_doors else [])
@@ -130,6 +139,10 @@ class Bench:
         for sequence in sequences:
             self.leases.check_fits(sequence)
             self.pins.check(sequence, self.leases.prompt_blocks(sequence), self.leases.max_blocks(sequence))
+            if self.tiers:
+                prompt = sequence.prompt_tokens
+                sequence.kv.fetch = self.tiers.wish(prompt, namespace_of(sequence), len(prompt) - 1)
+                self.tiers.fetcher.is_coming(sequence.kv.fetch)
             self.waiting.offer(sequence)
 
     def grant(self, sequence):
@@ -138,6 +151,8 @@ class Bench:
 
     def run(self, limit=10_000):
         for _ in range(limit):
+            if self.jobs and self._chance.random() < 0.2:
+                self.jobs.popleft()()
             self.finished += self.waiting.take_ended()
             granted = self.waiting.take_granted()
             self.entering.append(granted)
@@ -163,6 +178,10 @@ class Bench:
             executor.close()
 
     def check_nothing_leaks(self):
+        while self.jobs:
+            self.jobs.popleft()()
+        if self.tiers:
+            self.tiers.check_integrity()
         for book in self.books:
             assert book.free_slots == book.num_slots
             assert not book.any_in_transit

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sageLLM.config import SageLLMConfig
+from sageLLM.errors import ConfigError
 from sageLLM.models.resolve import resolve_model
 from sageLLM.records import FinishReason, Request, SamplingParams, Sequence
 from sageLLM.runtime.simulation.cluster import Routing
-from sageLLM.runtime.simulation.engine import HOP_S, Stages, Target
+from sageLLM.runtime.simulation.engine import HOP_S, SimulatedEngine, Stages, Target
 from sageLLM.runtime.simulation.simulation import simulate
 
 
@@ -252,3 +253,9 @@ def test_any_mix_ends_and_is_deterministic(drawn, policy, mode, replicas, launch
         result.steps,
         result.latencies_s.tolist(),
     )
+
+
+def test_tiers_are_refused_rather_than_left_out():
+    config = SageLLMConfig(kv_cache={"enable_tiering": True, "ddr_tokens": 4096})
+    with pytest.raises(ConfigError, match="tiers are not simulated"):
+        SimulatedEngine(config, *[None] * 5)

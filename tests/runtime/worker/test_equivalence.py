@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from sageLLM.backends import detect_backend
 from sageLLM.backends.cpu import AVX512Backend
 from sageLLM.config import BackendConfig, KVEviction, KVGranularity, ModelConfig, SchedulerPolicy
 from sageLLM.errors import RequestError
+from sageLLM.kv_runtime.tiers import FileTier
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
 from sageLLM.runtime.worker.sampling import SamplingState
@@ -62,12 +65,21 @@ def oracle(folder):
     return greedy
 
 
-def make_bench(bench, loaded, blocks=64, block_size=4, unit=KVGranularity.LAYER, losing=lambda inner: inner, **options):
+def make_bench(
+    bench, loaded, blocks=64, block_size=4, unit=KVGranularity.LAYER, losing=lambda inner: inner, tier_unit=None,
+    nvme=None, **options,
+):  # fmt: skip
+    """`nvme` is a folder for files below the first worker's pool, of which there may be 40."""
     model, backend = loaded
     slots = options.get("max_batch_size", 8)
 
     def make_executor():
-        return losing(TorchExecutor(model, backend, blocks, block_size, slots, unit))
+        tiers_in = tier_unit or KVGranularity.BLOCK
+        made = TorchExecutor(model, backend, blocks, block_size, slots, unit, tier_unit=tiers_in)
+        if nvme is not None:
+            files = FileTier(nvme, bytes(32), 40, block_size, made.block_io.block_bytes)
+            options["tiers"].setdefault("files", files)
+        return losing(made)
 
     executor = make_executor if options.get("mode") == "strict" else make_executor()
     return bench(blocks=blocks, block_size=block_size, executor=executor, **options)
@@ -122,9 +134,19 @@ def forget(executor):
     executor._kv.fill_(3.0)
 
 
+TIERS = (None, {"host_blocks": 64}, {"host_blocks": 6})
+
+
 def check_any_mix(bench, loaded, oracle, losing_executor, data) -> None:
+    with TemporaryDirectory() as folder:
+        _check_any_mix(bench, loaded, oracle, losing_executor, data, Path(folder))
+
+
+def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None:
     often = data.draw(st.sampled_from([0, 0, 0.05]), label="executor lost")
     chance = random.Random(data.draw(st.integers(0, 99), label="when it is lost"))
+    tiers = data.draw(st.sampled_from(TIERS), label="tiers")
+    in_files = tiers is not None and data.draw(st.booleans(), label="nvme")
     b = make_bench(
         bench,
         loaded,
@@ -145,6 +167,9 @@ def check_any_mix(bench, loaded, oracle, losing_executor, data) -> None:
         losing=lambda inner: losing_executor(inner, forget, chance, often),
         slow_doors=data.draw(st.booleans(), label="slow doors"),
         seed=data.draw(st.integers(0, 99), label="order of the workers"),
+        tiers=tiers and dict(tiers, demote=(0.5, 0.2)),
+        nvme=folder if in_files else None,
+        tier_unit=data.draw(st.sampled_from(KVGranularity), label="unit of tiers") if tiers else None,
         **data.draw(st.sampled_from(MODES), label="mode"),
     )
     picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
@@ -166,6 +191,28 @@ def check_any_mix(bench, loaded, oracle, losing_executor, data) -> None:
         expected = oracle(sequence.prompt_tokens.tolist(), sequence.sampling.max_new_tokens)
         assert [c.output_tokens for c in sequence.choices] == [expected] * n
     b.check_nothing_leaks()
+
+
+@pytest.mark.parametrize("granularity", KVGranularity)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_what_comes_up_from_a_tier_tells_the_same(bench, loaded, oracle, tmp_path, granularity, in_files):
+    """Round after round through a pool that holds one prompt; the files are another engine's, in the end."""
+    for engine in range(2):
+        tiers = {"host_blocks": 4, "demote": (0.0, 0.0)} if in_files else {"host_blocks": 64}
+        nvme = tmp_path if in_files else None
+        b = make_bench(
+            bench, loaded, blocks=20, max_batch_size=1, tier_unit=granularity, nvme=nvme, tiers=tiers, seed=engine
+        )
+        for _ in range(3):
+            for prompt in (PROMPTS[7], PROMPTS[6][::-1], PROMPTS[5]):
+                sequence = b.sequence(prompt, max_new_tokens=8)
+                b.offer(sequence)
+                b.run()
+                assert sequence.choices[0].output_tokens == oracle(prompt, 8)
+        stats = b.tiers.stats()
+        assert (stats.nvme_hit_tokens if in_files else stats.ddr_hit_tokens) > 0
+        b.close()
+        b.check_nothing_leaks()
 
 
 def test_a_pool_too_small_for_all_preempts_and_tells_the_same(bench, loaded, oracle):

@@ -1,0 +1,11 @@
+"""Tiers below the KV pool: DDR, NVME. Whole blocks, named by content; bytes only, no torch here."""
+
+from __future__ import annotations
+
+from .block_io import BlockIO, NoBytesIO
+from .fetch import Fetch, FetchCost, Fetcher
+from .file_tier import FileTier
+from .kv_tiers import KVTiers
+from .stats import TierStats
+
+__all__ = ["BlockIO", "Fetch", "FetchCost", "Fetcher", "FileTier", "KVTiers", "NoBytesIO", "TierStats"]

@@ -1,0 +1,62 @@
+"""Further down: blocks that only host memory has are written to files before they would be lost."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from threading import Lock
+
+    from .block_io import BlockIO
+    from .file_tier import FileTier
+    from .host_tier import HostTier
+    from .stats import TierCounters
+
+
+class Demotion:
+    """Writes the coldest unsaved blocks of host memory once they are more than `high` of its blocks, down to `low`.
+
+    Not more than half of them are unsaved where the pool may give up as many, `room`, at once.
+    """
+
+    def __init__(
+        self,
+        io: BlockIO,
+        host: HostTier,
+        lock: Lock,
+        files: FileTier,
+        counters: TierCounters,
+        high: float,
+        low: float,
+        room: int,
+    ) -> None:
+        self._io = io
+        self._host = host
+        self._lock = lock
+        self._files = files
+        self._counters = counters
+        # Where files hold less than host memory does, the rest of it stays unsaved.
+        rest = max(0, host.capacity - files.capacity)
+        most = host.capacity - min(room, host.capacity // 2)
+        self._low = max(rest, min(most, int(low * host.capacity)))
+        self._high = max(self._low, min(most, int(high * host.capacity)))
+
+    @property
+    def is_due(self) -> bool:
+        return self._files.is_writable and self._host.num_unsaved > self._high
+
+    def run(self) -> None:
+        """Write until `low` is reached or nothing can be written; on the copier thread."""
+        self._io.synchronize()
+        for _ in range(self._host.num_unsaved - self._low):
+            with self._lock:
+                block = self._host.coldest_unsaved()
+                if block is None or not self._files.is_writable:
+                    return
+                self._host.pin(block)
+            done = block.key in self._files or self._files.write(block.key, self._host.buffer[block.row])
+            with self._lock:
+                if done:
+                    self._host.mark_saved(block)
+                    self._counters.bytes_to_files += self._io.block_bytes
+                self._host.unpin(block)

@@ -1,0 +1,159 @@
+"""The NVME tier: a file per block, in a folder that outlives the process and that others may read."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import OrderedDict
+from contextlib import suppress
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from ...errors import KVCacheError
+from ..block_hash import HASH_BYTES
+from .block_file import file_size, read_block, write_block
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from .block_io import Bytes
+    from .block_key import BlockKey
+
+log = logging.getLogger("sageLLM")
+
+_SUFFIX = ".kv"
+_ABANDONED_S = 3600.0  # a partial file of this age was left by a process that died
+
+
+class FileTier:
+    """At most `capacity` blocks below `path/<fingerprint>/`, the least recently used ones deleted first. Thread-safe.
+
+    The folder is the index: what lies there under a block's name and has its length is taken for that block until it
+    is read, which verifies it. A folder that cannot be written is read only, told by one warning.
+    `on_deleted` hears of each block that is given up.
+    """
+
+    def __init__(self, path: Path, fingerprint: bytes, capacity: int, block_size: int, block_bytes: int) -> None:
+        self.capacity = capacity
+        self.is_writable = True
+        self.on_deleted: Callable[[bytes], None] = lambda digest: None
+        self._folder = path / fingerprint.hex()
+        self._fingerprint = fingerprint
+        self._file_size = file_size(block_size, block_bytes)
+        self._lock = Lock()
+        self._index: OrderedDict[bytes, None] = OrderedDict()  # the coldest first
+        self._folders: set[str] = set()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._stop_writing(error)
+        self._index.update(dict.fromkeys(self._scan()))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key.digest in self._index
+
+    def discover(self, key: BlockKey) -> bool:
+        """Whether the block is here, be it that another process has put it here meanwhile. Looks at the disk."""
+        if key.digest in self._index:
+            return True
+        with suppress(OSError):
+            if self._path(key.digest).stat().st_size == self._file_size:
+                with self._lock:
+                    self._index[key.digest] = None
+                return True
+        return False
+
+    def read(self, key: BlockKey, into: Bytes) -> None:
+        """Read a block's bytes `into` [block_bytes]; one that cannot be read or is not what it should be is forgotten.
+
+        Raises:
+            OSError: it cannot be read.
+            KVCacheError: the file is not that block, or is damaged.
+        """
+        path = self._path(key.digest)
+        try:
+            read_block(path, self._fingerprint, key, into)
+        except (OSError, KVCacheError) as error:
+            self._forget(key.digest)
+            if isinstance(error, KVCacheError):
+                with suppress(OSError):
+                    path.unlink()
+            raise
+        with self._lock:
+            if key.digest in self._index:
+                self._index.move_to_end(key.digest)
+        with suppress(OSError):
+            os.utime(path)  # so that the order outlives this process
+
+    def write(self, key: BlockKey, data: Bytes) -> bool:
+        """Store a block [block_bytes], in the place of the coldest one if there is no room; False if that failed."""
+        if not self.is_writable:
+            return False
+        path = self._path(key.digest)
+        try:
+            if path.parent.name not in self._folders:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._folders.add(path.parent.name)
+            write_block(path, self._fingerprint, key, data)
+        except OSError as error:
+            self._folders.clear()
+            self._stop_writing(error)
+            return False
+        with self._lock:
+            self._index[key.digest] = None
+            self._index.move_to_end(key.digest)
+        self.shrink(self.capacity)
+        return True
+
+    def shrink(self, count: int) -> None:
+        """Delete the coldest blocks until `count` are left."""
+        while True:
+            with self._lock:
+                if len(self._index) <= count:
+                    return
+                digest, _ = self._index.popitem(last=False)
+            self.on_deleted(digest)
+            with suppress(OSError):
+                self._path(digest).unlink()
+
+    def _path(self, digest: bytes) -> Path:
+        name = digest.hex()
+        return self._folder / name[:2] / (name + _SUFFIX)
+
+    def _forget(self, digest: bytes) -> None:
+        with self._lock:
+            known = self._index.pop(digest, self)
+        if known is None:
+            self.on_deleted(digest)
+
+    def _stop_writing(self, error: OSError) -> None:
+        self.is_writable = False
+        log.warning("kv_cache.nvme_path: no more KV is written below %s, only read: %s", self._folder, error)
+
+    def _scan(self) -> list[bytes]:
+        """The digests that files are named after, the least recently used first. Removes what a dead process left."""
+        found: list[tuple[float, bytes]] = []
+        now = time.time()
+        with suppress(OSError):
+            for folder in os.scandir(self._folder):
+                if folder.is_dir():
+                    for entry in os.scandir(folder.path):
+                        self._scan_file(entry, now, found)
+        found.sort()
+        return [digest for _, digest in found]
+
+    def _scan_file(self, entry: os.DirEntry[str], now: float, found: list[tuple[float, bytes]]) -> None:
+        with suppress(OSError, ValueError):
+            stat = entry.stat()
+            if entry.name.endswith(".partial"):
+                if now - stat.st_mtime > _ABANDONED_S:
+                    os.unlink(entry.path)
+            elif entry.name.endswith(_SUFFIX) and stat.st_size == self._file_size:
+                digest = bytes.fromhex(entry.name.removesuffix(_SUFFIX))
+                if len(digest) == HASH_BYTES:
+                    found.append((stat.st_mtime, digest))

@@ -1,0 +1,163 @@
+"""The tiers below the KV pool, as the engine sees them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from ...errors import KVCacheError
+from .block_key import prefix_keys
+from .demotion import Demotion
+from .fetch import Fetch, Fetcher
+from .host_tier import HostTier
+from .stats import TierCounters, TierStats
+from .write_back import WriteBack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..cache import KVCache
+    from ..node import Namespace
+    from ..pool import Int32Array
+    from .block_io import BlockIO
+    from .fetch import FetchCost
+    from .file_tier import FileTier
+    from .host_tier import HostBlock
+
+    Submit = Callable[[Callable[[], None]], object]
+
+log = logging.getLogger("sageLLM")
+
+
+class KVTiers:
+    """DDR, `host_blocks` of it, and below it perhaps files: an extension of `kv`'s prefix tree, in whole blocks.
+
+    What the tree gives up goes down, what a prompt wishes for comes up. Copies are made on one thread of its own, but
+    for what is given up and not saved yet: that is copied by whoever is about to write to it, who calls `flush` first.
+    Every method may be called from any thread. `submit` runs a job elsewhere, by default on that thread.
+    """
+
+    def __init__(
+        self,
+        kv: KVCache,
+        io: BlockIO,
+        host_blocks: int,
+        files: FileTier | None = None,
+        *,
+        cost: FetchCost | None = None,
+        demote: tuple[float, float] = (0.9, 0.8),
+        submit: Submit | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kv = kv
+        self._copier = None if submit else ThreadPoolExecutor(1, thread_name_prefix="sagellm-kv-copier")
+        self._submit_job = submit or self._copier.submit  # type: ignore[union-attr]
+        self._lock = Lock()
+        self._host = HostTier(io.allocate(host_blocks))
+        self._files = files
+        self._counters = TierCounters()
+        self._io = io
+        self._is_demoting = False
+        self.write_back = WriteBack(io, self._host, self._lock, files, kv.block_size, self._counters)
+        self.fetcher = Fetcher(
+            kv, io, self._host, self._lock, files, self._counters, self.write_back.flush, self._submit, cost, clock
+        )
+        self._demotion = None
+        if files is not None:
+            self._demotion = Demotion(io, self._host, self._lock, files, self._counters, *demote, kv.num_blocks)
+            files.on_deleted = self._file_deleted
+            self.write_back.on_unsaved = self._demote_soon
+        kv.listen(self.write_back)
+
+    def wish(self, tokens: Int32Array, namespace: Namespace, limit: int) -> Fetch:
+        """Say that a prompt could use what lower tiers hold of its first `limit` tokens; `fetcher` starts it."""
+        return Fetch(tokens, namespace, limit, self._kv.block_size)
+
+    def flush(self) -> None:
+        """Save what the tree gave up so far. On return its blocks may be written to."""
+        self.write_back.flush()
+
+    def save(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> list[HostBlock]:
+        """Keep the whole blocks of a computed run until `release`, as many as fit, from the first on."""
+        keys = prefix_keys(namespace, tokens, self._kv.block_size)
+        return self.write_back.save(keys, blocks[: len(keys)])
+
+    def release(self, kept: list[HostBlock]) -> None:
+        """They need not be kept any longer."""
+        self.write_back.release(kept)
+
+    def close(self) -> None:
+        """Finish what is under way and end the copier's thread."""
+        if self._copier is not None:
+            self._copier.shutdown()
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        self._submit_job(lambda: _guarded(job))
+
+    def _demote_soon(self) -> None:
+        demotion = self._demotion
+        if demotion is None or not demotion.is_due:
+            return
+        with self._lock:
+            if self._is_demoting:
+                return
+            self._is_demoting = True
+        self._submit(self._demote)
+
+    def _demote(self) -> None:
+        assert self._demotion is not None
+        with self._lock:
+            self._is_demoting = False
+        self._demotion.run()
+
+    def _file_deleted(self, digest: bytes) -> None:
+        with self._lock:
+            self._host.mark_unsaved(digest)
+
+    def stats(self) -> TierStats:
+        """Return the counters at one moment."""
+        counters, files = self._counters, self._files
+        with self._lock:
+            return TierStats(
+                ddr_hit_tokens=counters.host_hit_tokens,
+                nvme_hit_tokens=counters.file_hit_tokens,
+                bytes_hbm_to_ddr=counters.bytes_to_host,
+                bytes_ddr_to_nvme=counters.bytes_to_files,
+                bytes_ddr_to_hbm=counters.bytes_from_host,
+                bytes_nvme_to_hbm=counters.bytes_from_files,
+                fetches=counters.fetches,
+                fetch_failures=counters.fetch_failures,
+                lost_blocks=counters.lost_blocks + self._host.lost_blocks,
+                ddr_blocks=len(self._host),
+                ddr_capacity=self._host.capacity,
+                nvme_blocks=0 if files is None else len(files),
+                nvme_capacity=0 if files is None else files.capacity,
+                fetching_blocks=self.fetcher.num_coming,
+            )
+
+    def check_integrity(self) -> None:
+        """Recount the books.
+
+        Raises:
+            KVCacheError: naming what is wrong; also if something is pinned, which is so while copies are under way.
+        """
+        self.flush()
+        with self._lock:
+            problem = self._host.check()
+            pinned = sum(block.pins > 0 for block in self._host.blocks())
+        if problem is None and pinned:
+            problem = f"{pinned} blocks are pinned"
+        if problem is None and self.fetcher.num_coming:
+            problem = f"{self.fetcher.num_coming} blocks are still coming"
+        if problem is not None:
+            raise KVCacheError(f"DDR tier: {problem}")
+
+
+def _guarded(job: Callable[[], None]) -> None:
+    try:
+        job()
+    except Exception:
+        log.exception("a job of the KV copier failed")

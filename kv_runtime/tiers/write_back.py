@@ -1,0 +1,152 @@
+"""Down: what the prefix tree gives up is kept in host memory, and from there in files."""
+
+from __future__ import annotations
+
+import logging
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..block_hash import root_hash
+from .block_key import chain_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..node import Node
+    from ..pool import Int32Array
+    from .block_io import BlockIO
+    from .block_key import BlockKey
+    from .file_tier import FileTier
+    from .host_tier import HostBlock, HostTier
+    from .stats import TierCounters
+
+log = logging.getLogger("sageLLM")
+
+
+class WriteBack:
+    """Hears from the tree which blocks it gives up, and copies them down before anybody writes to them.
+
+    `removed` only notes them, under the cache's lock. Whoever is about to write to blocks of the pool calls `flush`
+    first: the device thread before each step, the copier before it brings blocks up.
+    `on_unsaved` is told when host memory holds blocks that are to go on to files.
+    """
+
+    def __init__(
+        self, io: BlockIO, host: HostTier, lock: Lock, files: FileTier | None, block_size: int, counters: TierCounters
+    ) -> None:
+        self.on_unsaved: Callable[[], None] = lambda: None
+        self._io = io
+        self._host = host
+        self._lock = lock  # of `host` and of what is pending
+        self._files = files
+        self._block_size = block_size
+        self._counters = counters
+        self._pending: list[tuple[HostBlock, int]] = []
+        self._flushing = Lock()
+        self._digests: dict[int, bytes] = {}  # of the tree's full blocks, by id: used under the cache's lock
+
+    # -- the tree's listener -----------------------------------------------------------------------------------------
+
+    def stored(self, node: Node, start: int) -> None:
+        """Note the hashes of the blocks that are full by now: what comes after them is named by them."""
+        for key, block in zip(*self._full_blocks(node, start), strict=True):
+            self._digests[block] = key.digest
+
+    def removed(self, node: Node, start: int) -> None:
+        self._note(*self._full_blocks(node, start))
+
+    def cleared(self) -> None:
+        """What is forgotten on purpose, or has been lost, is not saved."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+            for kept, _ in pending:
+                self._host.unpin(kept)
+
+    def _full_blocks(self, node: Node, start: int) -> tuple[list[BlockKey], list[int]]:
+        """The names and ids of the blocks whose last token is one of the node's from `start` on."""
+        size = self._block_size
+        first, end, base = start // size, node.end // size, node.start // size
+        if first >= end:
+            return [], []
+        blocks, begin = node.blocks[first - base : end - base].tolist(), first * size
+        runs = [node.tokens[max(0, begin - node.start) :]]
+        while node.start > begin:
+            node = node.parent
+            runs.append(node.tokens[max(0, begin - node.start) :])
+        while begin and node.start >= begin:  # to where the block before ends
+            node = node.parent
+        parent = (
+            self._digests[node.blocks.item(first - 1 - node.start // size)]
+            if begin
+            else root_hash(node.root_namespace())
+        )
+        tokens = np.concatenate(runs[::-1])[: (end - first) * size]
+        return chain_keys(parent, tokens, size), blocks
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _note(self, keys: list[BlockKey], blocks: list[int]) -> None:
+        """Have blocks saved that are not in host memory yet."""
+        with self._lock:
+            for key, block in zip(keys, blocks, strict=True):
+                known = self._host.find(key)
+                if known is not None:
+                    self._host.touch(known)
+                elif self._reserve(key, block) is None:
+                    self._counters.lost_blocks += 1
+
+    def _reserve(self, key: BlockKey, block: int) -> HostBlock | None:
+        room = self._host.reserve(key, is_saved=self._files is not None and key in self._files)
+        if room is not None:
+            self._pending.append((room, block))
+        return room
+
+    def save(self, keys: list[BlockKey], blocks: Int32Array) -> list[HostBlock]:
+        """Keep these blocks, a prefix, in host memory until they are let go by `release`; as many as there is room for.
+
+        They are copied by the next `flush`: until then nobody may write to them.
+        """
+        kept: list[HostBlock] = []
+        with self._lock:
+            for key, block in zip(keys, blocks.tolist(), strict=True):
+                saved = self._host.find(key) or self._reserve(key, block)
+                if saved is None:
+                    break
+                self._host.pin(saved)
+                kept.append(saved)
+        return kept
+
+    def release(self, kept: list[HostBlock]) -> None:
+        """Undo `save`."""
+        with self._lock:
+            for block in kept:
+                self._host.unpin(block)
+
+    def flush(self) -> None:
+        """Copy what was given up so far; on return its blocks may be written to. What cannot be copied is lost."""
+        with self._flushing:
+            with self._lock:
+                pending, self._pending = self._pending, []
+            if pending:
+                self._copy(pending)
+
+    def _copy(self, pending: list[tuple[HostBlock, int]]) -> None:
+        blocks = np.array([block for _, block in pending], np.int32)
+        rows = np.array([kept.row for kept, _ in pending], np.int64)
+        try:
+            self._io.read(blocks, self._host.buffer, rows)
+            copied = True
+        except Exception:
+            log.exception("%d KV blocks could not be saved to host memory", len(pending))
+            copied = False
+        with self._lock:
+            for kept, _ in pending:
+                kept.filled = copied
+                self._host.unpin(kept)
+        if copied:
+            self._counters.bytes_to_host += len(pending) * self._io.block_bytes
+        else:
+            self._counters.lost_blocks += len(pending)
+        self.on_unsaved()

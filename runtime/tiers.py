@@ -1,0 +1,62 @@
+"""Builds the tiers that the configuration asks for."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from ..kv_runtime.tiers import FileTier, KVTiers
+from ..models.resolve import weights_digest
+from .memory import check_host_tier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..config import KVCacheConfig
+    from ..kv_runtime.cache import KVCache
+    from ..kv_runtime.tiers import FetchCost
+    from ..models.resolve import ResolvedModel
+    from .worker.executor import PooledExecutor
+
+_FORMAT = 1  # of what a fingerprint stands for
+_MOST_BUFFERED = 256  # blocks of main memory on the way to files, where there is no DDR tier
+
+
+def build_tiers(
+    config: KVCacheConfig,
+    model: ResolvedModel,
+    kv: KVCache,
+    executor: PooledExecutor,
+    cost: FetchCost | None,
+    clock: Callable[[], float],
+) -> KVTiers:
+    """Make the tiers below `kv`, whose blocks `executor` holds, and have it save what is given up before each step.
+
+    Without a `cost` every hit is brought up.
+
+    Raises:
+        ConfigError: there is not enough main memory for the DDR tier.
+    """
+    io, size = executor.block_io, config.block_size
+    ddr, nvme = (tokens // size for tokens in config.tier_tokens)
+    host_blocks = ddr or min(_MOST_BUFFERED, kv.num_blocks)
+    check_host_tier(host_blocks, io.block_bytes)
+    files = None
+    if config.nvme_path is not None:
+        files = FileTier(config.nvme_path, kv_fingerprint(model, io.layout, size), nvme, size, io.block_bytes)
+    demote = (0.9, 0.8) if ddr else (0.0, 0.0)
+    submit = None if io.block_bytes else _at_once
+    tiers = KVTiers(kv, io, host_blocks, files, demote=demote, cost=cost, submit=submit, clock=clock)
+    executor.before_step = tiers.flush
+    return tiers
+
+
+def _at_once(job: Callable[[], None]) -> None:
+    """There is nothing to wait for: blocks of no bytes need no thread, and a run stays deterministic."""
+    job()
+
+
+def kv_fingerprint(model: ResolvedModel, layout: str, block_size: int) -> bytes:
+    """What must be the same for KV to be the same: weights, dtype and layout of a block, its size, the format. [32]"""
+    parts = (str(_FORMAT), model.fingerprint, weights_digest(model), layout, str(block_size))
+    return sha256("\n".join(parts).encode()).digest()
