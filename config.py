@@ -243,6 +243,9 @@ class SchedulerConfig(Config):
     over within `transfer_timeout_s` (0 is no limit), or cannot be, is computed again by the decode worker, or the
     request fails, as `on_transfer_failure` says.
     `launch_ahead` plans and launches a step before the previous one's tokens are read.
+    `tpot_slo_ms` is the longest that a step with decoding rows is to take: it gets the most prompt, in whole KV blocks,
+    with which that holds by an estimate that follows the measured steps (`time_share`: the mean over a turn; without
+    decoding rows, `max_step_tokens`). Where no block fits, one step in four takes one all the same.
 
     `isolation` `process` runs the model of each worker in a process of its own: if it dies, or a step takes more than
     `step_timeout_s` (None: 120; 0: any time), another one is started and computes again what was under way.
@@ -273,6 +276,7 @@ class SchedulerConfig(Config):
     on_transfer_failure: Literal["recompute", "fail"] = "recompute"
     transfer_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     launch_ahead: bool = True
+    tpot_slo_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     request_timeout_s: Annotated[float, Field(ge=0)] = 60.0
     queue_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     first_token_timeout_s: Annotated[float, Field(ge=0)] = 0.0

@@ -175,6 +175,8 @@ class EngineServices:
         from .worker.disaggregated import DecodeWorker, DisaggregatedWorkers, PrefillWorker
         from .worker.worker import Worker
 
+        if self.config.scheduler.tpot_slo_ms is not None:
+            self.step_cost  # noqa: B018 - what is not known is measured while nothing else uses the device
         executors, leases = self.executors, self.leases  # executors first: they refuse what does not fit
         self.tiers  # noqa: B018 - built on first use
         if isinstance(leases, LeaseBook):
@@ -199,6 +201,7 @@ class EngineServices:
             self.max_step_tokens,
             self._make_stop_matcher,
             self.clock,
+            None if scheduler.tpot_slo_ms is None else self.step_cost,
         )
 
     @property
@@ -222,7 +225,10 @@ class EngineServices:
             ConfigError: the model is the null model, whose steps take no time.
         """
         if self.is_null:
-            raise ConfigError("model: builtin:null computes nothing, so its steps have no cost to estimate")
+            raise ConfigError(
+                "model: builtin:null computes nothing, so its steps have no cost to estimate: write another model, or "
+                "leave scheduler.tpot_slo_ms out"
+            )
         from ..accel.step_cost import StepCost
         from .worker.calibration import kv_element_bytes, load_rates
 

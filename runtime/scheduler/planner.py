@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import KVCache
     from ...records import Sequence
+    from .slo import ChunkBudget
     from .time_share import TimeShare
 
 
@@ -29,7 +30,8 @@ class MustReadFirst(Exception):
 
 class Planner:
     """Plans steps. Hybrid ones: every decoding row gets a token, prompt chunks fill the rest of the token budget. With
-    `time_share` a step is of one kind.
+    `time_share` a step is of one kind. With `chunk_budget` prompts get no more than keeps decoding rows in time; where
+    none decode, they get the whole budget.
 
     `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them. By `rank` of
     their sequences, then by admission, prompts are computed and preempted rows resumed; the last by it is preempted.
@@ -46,6 +48,7 @@ class Planner:
         on_preempted: Callable[[int], None],
         leases_in_transit: Callable[[], bool],
         time_share: TimeShare | None = None,
+        chunk_budget: ChunkBudget | None = None,
     ) -> None:
         self._table = table
         self._kv = kv
@@ -56,6 +59,7 @@ class Planner:
         self._on_preempted = on_preempted
         self._leases_in_transit = leases_in_transit
         self._time_share = time_share
+        self._chunk_budget = chunk_budget
         self._copies: list[BlockCopy] = []
         self._copied: list[int] = []  # sources of the newest plan's copies, retained until it has been launched
         self.preemptions = 0
@@ -75,7 +79,7 @@ class Planner:
         self._resume_preempted()
         if self._time_share is None:
             decode = self._decode_slots(unread_steps)
-            chunks = self._chunks(self._max_step_tokens - len(decode))
+            chunks = self._chunks(self._max_step_tokens - len(decode), decode)
         else:
             decode, chunks = self._take_turn(self._time_share, unread_steps)
         if not len(decode) and not chunks:
@@ -90,7 +94,7 @@ class Planner:
         first = turns.prefill_is_next
         for prefill in (first, not first):
             if prefill:
-                chunks = self._chunks(self._max_step_tokens)
+                chunks = self._chunks(self._max_step_tokens, self._decoding(), turns.decode_steps_for_each)
             else:
                 decode = self._decode_slots(unread_steps)
             if len(decode) or chunks:
@@ -104,7 +108,7 @@ class Planner:
         table = self._table
         limit = min(self.max_decode_batch, self._max_step_tokens)
         while True:
-            slots = np.flatnonzero(table.is_in(RowState.DECODE) & (table.launched < table.max_outputs))
+            slots = self._decoding()
             if len(slots) > limit:
                 # The rows with the fewest outputs first: nobody falls behind for long.
                 slots = slots[np.argsort(table.launched[slots], kind="stable")[:limit]]
@@ -121,6 +125,10 @@ class Planner:
                 raise MustReadFirst
             if not self._preempt_last():
                 return slots[~np.isin(slots, short)]  # rows between prefill and decode hold the blocks: wait for them
+
+    def _decoding(self) -> NDArray[np.int64]:
+        table = self._table
+        return np.flatnonzero(table.is_in(RowState.DECODE) & (table.launched < table.max_outputs))
 
     def _preempt_last(self) -> bool:
         """Take the blocks of the row whose turn is last; False if only rows in transit could free any."""
@@ -248,12 +256,23 @@ class Planner:
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 
-    def _chunks(self, budget: int) -> list[PromptChunk]:
+    def _chunks(self, budget: int, decode: NDArray[np.int64], decode_steps: float | None = None) -> list[PromptChunk]:
+        """Chunks of at most `budget` tokens. The rows `decode` get theirs in the same step, or in `decode_steps` of
+        their own for each such step."""
         table = self._table
         chunks: list[PromptChunk] = []
         if budget <= 0 or not table.has(RowState.PREFILL):
             return chunks
         slots = self._in_turn(RowState.PREFILL)[: self.max_prefill_batch]
+        if self._chunk_budget is not None and len(decode):
+            starts = table.computed[slots]
+            work = (table.computed[decode] + 1, starts, table.target[slots] - starts, budget)
+            if decode_steps is None:
+                budget = self._chunk_budget.mixed(*work)
+            else:
+                budget = self._chunk_budget.alternating(*work, decode_steps)
+            if not budget:
+                return chunks
         columns = (slots, table.epoch[slots], table.computed[slots], table.target[slots])
         for slot, epoch, start, target in zip(*(column.tolist() for column in columns), strict=True):
             end = min(target, start + budget)

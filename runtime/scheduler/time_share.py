@@ -15,6 +15,11 @@ class TimeShare:
         self._taken = 0
 
     @property
+    def decode_steps_for_each(self) -> float:
+        """Steps of decoding rows for each of prompts."""
+        return self._steps[False] / self._steps[True]
+
+    @property
     def prefill_is_next(self) -> bool:
         if self._taken < self._steps[self._is_prefill]:
             return self._is_prefill

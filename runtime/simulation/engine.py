@@ -24,6 +24,7 @@ from .worker_thread import WorkerThread
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ...accel.step_cost import StepCost
     from ...config import SageLLMConfig
     from ...graph.pipeline import Pipeline
     from ...kv_runtime.cache import KVCache
@@ -106,6 +107,7 @@ class SimulatedEngine:
         self.services = services = EngineServices(config, clock=time)
         services.model, services.backend_name = target.model, target.device
         services.executors = [*self.executors]
+        services.step_cost = cast("StepCost", target.times)
         self._stages = stages
         self._time = time
         self._on_end = on_end

@@ -21,6 +21,7 @@ from ...records import Choice, FinishReason, Sequence, TokenDelta
 from ..scheduler.lease import Lease, LeaseBook, namespace_of
 from ..scheduler.planner import MustReadFirst, Planner
 from ..scheduler.resident import ResidentSequence, ResidentTable, Row, RowState
+from ..scheduler.slo import make_chunk_budget
 from ..scheduler.time_share import TimeShare
 from ..scheduler.timeouts import Timeouts
 from ..scheduler.waiting import end_unstarted
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ...kv_runtime.cache import KVCache
     from ...records import Request
     from ..scheduler.plan import StepPlan, StepResult
+    from ..scheduler.slo import StepSeconds
     from .collector import Ending, MakeStopMatcher
     from .executor import Executor, StepHandle
 
@@ -55,7 +57,13 @@ class Worker:
         max_step_tokens: int,
         make_stop_matcher: MakeStopMatcher,
         clock: Callable[[], float] = time.monotonic,
+        step_cost: StepSeconds | None = None,
     ) -> None:
+        """`step_cost` is for `scheduler.tpot_slo_ms`, and needed where that is set.
+
+        Raises:
+            ConfigError: it is missing.
+        """
         self.on_prefilled: Callable[[list[Any]], None] = _nobody
         self.on_decoded: Callable[[list[Any]], None] = _nobody
         self.on_leases_returned: Callable[[], None] = lambda: None
@@ -71,6 +79,8 @@ class Worker:
         self._timeouts = Timeouts.of(scheduler)
         self._depth = 2 if scheduler.launch_ahead else 1
         self._table = ResidentTable(scheduler.max_batch_size, max_seq_len, leases.block_size)
+        self._chunk_budget = make_chunk_budget(scheduler, step_cost, leases.block_size)
+        self._busy_since = 0.0  # since when the device has been at the oldest step that is unread
         self.planner = Planner(
             self._table,
             kv,
@@ -81,6 +91,7 @@ class Worker:
             on_preempted=self._forget_on_device,
             leases_in_transit=self._leases_in_transit,
             time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,
+            chunk_budget=self._chunk_budget,
         )
         self._collector = Collector(self._table, make_stop_matcher, self._end_rows, clock)
         self._unread: deque[tuple[StepPlan, StepHandle]] = deque()
@@ -193,6 +204,8 @@ class Worker:
         self._leases.paused = self.planner.has_preempted
         if plan is None:
             return False
+        if not self._unread:
+            self._busy_since = self._clock()
         try:
             handle = self._executor.launch(plan)
         except Exception as error:  # the step is lost, the worker is not
@@ -221,6 +234,10 @@ class Worker:
             return
         self._unread.popleft()
         self._losses = 0
+        if self._chunk_budget is not None:
+            now = self._clock()
+            self._chunk_budget.observe(plan, now - self._busy_since)
+            self._busy_since = now
         self._apply(plan, result)
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:

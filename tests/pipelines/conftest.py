@@ -18,6 +18,9 @@ import trio
 from trio.testing import MockClock
 
 import sageLLM.operators  # noqa: F401 - registers the built-in stages
+from sageLLM.accel.device_rates import DeviceRates
+from sageLLM.accel.model_work import ModelDimensions
+from sageLLM.accel.step_cost import StepCost
 from sageLLM.errors import SageLLMError
 from sageLLM.graph import build_pipeline, registry
 from sageLLM.kv_runtime import block_hashes
@@ -156,6 +159,9 @@ class Run:
 
     async def _main(self):
         self.services = EngineServices(self.pipeline().engine)
+        # The null model has none of its own.
+        rates, shape = DeviceRates.from_specification(1e12, 1e10), ModelDimensions(4, 8, 2, 16, 128, 352, 1000)
+        self.services.step_cost = StepCost(shape, rates)
         self.flow = assemble(self.pipeline(), self.services)
         try:
             # of virtual time, in which a run that hangs for ever is over at once

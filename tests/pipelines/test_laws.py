@@ -33,6 +33,7 @@ engines = st.fixed_dictionaries(
                 "max_batch_size": st.integers(3, 8),
                 "max_step_tokens": st.sampled_from((8, 64)),
                 "launch_ahead": st.booleans(),
+                "tpot_slo_ms": st.sampled_from((None, 0.5, 20.0)),
             },
         ).flatmap(lambda common: st.sampled_from([{**common, **mode} for mode in MODES])),
     }

@@ -46,6 +46,7 @@ class Bench:
         clock=time.monotonic,
         seed=0,
         slow_doors=False,
+        step_cost=None,
         **scheduler,
     ):
         config = SchedulerConfig(**{"max_batch_size": 8, **scheduler})
@@ -78,7 +79,15 @@ class Bench:
         )
         workers = [
             kind(
-                each, book.kv, book, config, 4096, config.max_step_tokens or 64, stop_matcher or (lambda s: None), clock
+                each,
+                book.kv,
+                book,
+                config,
+                4096,
+                config.max_step_tokens or 64,
+                stop_matcher or (lambda s: None),
+                clock,
+                step_cost,
             )
             for kind, each, book in zip(kinds, executors, books, strict=True)
         ]

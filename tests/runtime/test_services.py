@@ -18,6 +18,12 @@ def test_the_null_model_refuses_a_device(backend):
         EngineServices(config).load()
 
 
+def test_the_null_model_refuses_an_slo():
+    config = SageLLMConfig.model_validate({"model": {"model_id": "builtin:null"}, "scheduler": {"tpot_slo_ms": 20}})
+    with pytest.raises(ConfigError, match=r"leave scheduler\.tpot_slo_ms out"):
+        EngineServices(config).load()
+
+
 @pytest.mark.parametrize("model", ["builtin:null", "builtin:pydoc-tiny"])
 @pytest.mark.parametrize(
     ("section", "option", "found"),

@@ -116,5 +116,9 @@ def test_services_tell_the_cost_of_the_configured_model(model, small, checkpoint
     cost = EngineServices(config).step_cost
     assert cost.step_seconds([10], [], []) > 0
     assert cost.kv_bytes_per_token == ModelWork(model.architecture, None, 4).kv_bytes_per_token
+    config = SageLLMConfig(model=config.model, backend=config.backend, scheduler={"tpot_slo_ms": 20})
+    services = EngineServices(config)
+    assert services.worker.planner._chunk_budget._cost is services.step_cost
+    services.executors[0].close()
     with pytest.raises(ConfigError, match="builtin:null"):
         EngineServices(SageLLMConfig(model={"model_id": "builtin:null"})).step_cost  # noqa: B018

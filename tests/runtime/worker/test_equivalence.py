@@ -137,6 +137,13 @@ def forget(executor):
 TIERS = (None, {"host_blocks": 64}, {"host_blocks": 6})
 
 
+class TokenCost:
+    """Pretends to know: a millisecond for each token. Measured steps correct it."""
+
+    def step_seconds(self, decode_contexts, chunk_starts, chunk_lengths, logit_rows):
+        return 1e-3 * (len(decode_contexts) + sum(chunk_lengths))
+
+
 def check_any_mix(bench, loaded, oracle, losing_executor, data) -> None:
     with TemporaryDirectory() as folder:
         _check_any_mix(bench, loaded, oracle, losing_executor, data, Path(folder))
@@ -158,6 +165,8 @@ def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None
         max_decode_batch=data.draw(st.integers(1, 8), label="decode batch"),
         max_step_tokens=data.draw(st.sampled_from([3, 8, 64]), label="step tokens"),
         launch_ahead=data.draw(st.booleans(), label="launch ahead"),
+        tpot_slo_ms=data.draw(st.sampled_from([None, 0.5, 8, 30]), label="slo"),  # 0.5 cannot be kept
+        step_cost=TokenCost(),
         policy=data.draw(st.sampled_from(SchedulerPolicy), label="policy"),
         kv_cache={
             "eviction": data.draw(st.sampled_from(KVEviction), label="eviction"),
