@@ -75,7 +75,8 @@ class ExecutionGraphBuilder:
 
 
 class _StepBuilder:
-    """One step's graph in the making: `_at` are the nodes that the next one reads."""
+    """One step's graph in the making: `_at` are the nodes that the next one reads, `_residual` the newest norm, whose
+    sum the next one adds to."""
 
     def __init__(self, work: ModelWork, num_layers: int, tp: int, stages: int) -> None:
         self._work = work
@@ -85,6 +86,7 @@ class _StepBuilder:
         self._stage = 0
         self._graph = ExecutionGraph()
         self._at: list[str] = []
+        self._residual: list[str] = []
 
     def build(
         self,
@@ -99,17 +101,17 @@ class _StepBuilder:
             self._enter_stage(layer, rows)
             # After the last layer's attention only the rows that get logits go on.
             left = logit_rows if layer == self._num_layers - 1 else rows
-            self._compute(NodeKind.LAYERNORM, layer, rows)
+            self._norm(layer, rows, "norm")
             loads = self._move(layer, [move for move in moves if move.kind is NodeKind.KV_LOAD])
             self._compute(NodeKind.QKV_PROJ, layer, rows)
             self._attend(layer, contexts, chunks, loads)
             self._move(layer, [move for move in moves if move.kind is not NodeKind.KV_LOAD])
             self._compute(NodeKind.OUT_PROJ, layer, left)
             self._all_reduce(layer, "attn", left)
-            self._compute(NodeKind.LAYERNORM, layer, left, name="mlp_norm")
+            self._norm(layer, left, "mlp_norm")
             self._compute(NodeKind.FFN, layer, left)
             self._all_reduce(layer, "ffn", left)
-        self._compute(NodeKind.LAYERNORM, None, logit_rows, name="final_norm")
+        self._norm(None, logit_rows, "final_norm")
         self._compute(NodeKind.LM_HEAD, None, logit_rows)
         if self._tp > 1:
             num_bytes = self._work.logit_bytes * logit_rows * (self._tp - 1)
@@ -137,6 +139,11 @@ class _StepBuilder:
             output_bytes=work.row_output_bytes * rows,
         )
         self._at = [node]
+
+    def _norm(self, layer: int | None, rows: int, name: str) -> None:
+        self._at += self._residual
+        self._compute(NodeKind.LAYERNORM, layer, rows, name)
+        self._residual = list(self._at)
 
     def _attend(self, layer: int, contexts: list[int], chunks: list[tuple[int, int]], loads: list[str]) -> None:
         inputs, outputs = self._at + loads, []
@@ -184,12 +191,22 @@ class _StepBuilder:
         if stage == self._stage:
             return
         num_bytes = self._work.hidden_bytes * rows
-        received, last = [], self._at
-        for name in ("hidden", "residual"):
-            self._at = last
+        sent = []
+        for name, inputs in (("hidden", self._at), ("residual", self._residual)):
+            self._at = inputs
             self._communicate(NodeKind.COMM_SEND, f"send_{name}", layer, num_bytes, rows)
-            received.append((name, self._at))
-        self._stage, self._at = stage, []
-        for name, sent in received:
-            work = {"rows": rows, "output_bytes": num_bytes, "link": "interconnect"}
-            self._at.append(self._add(NodeKind.COMM_RECV, f"recv_{name}", layer, sent, **work))
+            sent.append(self._at)
+        self._stage = stage
+        received = [
+            self._add(
+                NodeKind.COMM_RECV,
+                f"recv_{name}",
+                layer,
+                inputs,
+                rows=rows,
+                output_bytes=num_bytes,
+                link="interconnect",
+            )
+            for name, inputs in zip(("hidden", "residual"), sent, strict=True)
+        ]
+        self._at, self._residual = received[:1], received[1:]
