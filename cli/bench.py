@@ -111,6 +111,31 @@ def simulation(device: str, shape: str, requests: int, rate: float, threads: int
     click.echo(format_table(["figure", "measured", "predicted", "error"], rows))
 
 
+@command.command("plan")
+@click.option("--running", default=256, show_default=True, type=click.IntRange(1), help="Rows that decode.")
+@click.option("--waiting", default=1000, show_default=True, type=click.IntRange(0), help="Sequences that wait.")
+@click.option("--steps", default=2000, show_default=True, type=click.IntRange(1), help="How many are timed.")
+@click.option("--policy", "policies", multiple=True, help="The order of what waits; repeatable. Default: all.")
+def plan(running: int, waiting: int, steps: int, policies: tuple[str, ...]) -> None:
+    """Microseconds to plan a step, and to grant leases before it, on a null model."""
+    from ..benchmarks.measurement import format_table
+    from ..benchmarks.planning import measure_planning
+    from ..config import SchedulerPolicy
+
+    known = [policy.value for policy in SchedulerPolicy]
+    if unknown := [name for name in policies if name not in known]:
+        raise click.BadParameter(f"no policy {unknown[0]!r}; there is: {', '.join(known)}", param_hint="--policy")
+    cases: list[tuple[str, str, float | None]] = [(policy, "hybrid", None) for policy in policies or known]
+    cases += [("fcfs", "time_share", None), ("fcfs", "hybrid", 12.0)] if not policies else []
+    rows = []
+    for policy, mode, slo_ms in cases:
+        name = f"{policy}, {mode}" + (f", tpot_slo_ms {slo_ms:g}" if slo_ms else "")
+        rows.append([name, *measure_planning(running, waiting, steps, policy, mode, slo_ms).row()])
+    header = ["scheduler", "plan us", "grant us", "both us", "both p99 us"]
+    click.echo(f"medians over {steps} steps, {running} running and {waiting} waiting")
+    click.echo(format_table(header, rows))
+
+
 @command.command("kv-trace")
 @click.option(
     "--trace",
