@@ -289,8 +289,6 @@ class SchedulerConfig(Config):
             for name in ("prefill_workers", "decode_workers", "transfer_timeout_s"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is for mode: strict: write that, or leave it out")
-        apart = self.mode is SchedulerMode.STRICT and self.isolation is Isolation.PROCESS
-        _refuse(apart, "scheduler.mode strict with isolation process", "use isolation thread")
         return self
 
     @model_validator(mode="after")

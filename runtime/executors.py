@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..models.resolve import ResolvedModel
     from .worker.executor import Executor
     from .worker.process.remote_executor import RemoteExecutor
+    from .worker.torch_executor import AllocateKV
 
 
 def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend | None) -> list[Executor]:
@@ -65,8 +66,10 @@ def start_processes(config: SageLLMConfig, model: ResolvedModel) -> list[RemoteE
     return processes
 
 
-def make_lone_executor(config: SageLLMConfig, worker: int) -> tuple[Executor, str]:
-    """The executor of one worker with a model of its own, and the name of its backend.
+def make_lone_executor(
+    config: SageLLMConfig, worker: int, allocate_kv: AllocateKV | None = None
+) -> tuple[Executor, str]:
+    """The executor of one worker with a model of its own, and the name of its backend; see `TorchExecutor`.
 
     Raises:
         ModelError: the model cannot be found, read or built.
@@ -80,7 +83,7 @@ def make_lone_executor(config: SageLLMConfig, worker: int) -> tuple[Executor, st
         check_kv_pool(config.kv_cache, 0, memory_bytes()[0])
         return _make_null(config), "null"
     backend = _detect(config.backend, devices[worker if len(devices) > 1 else 0])
-    return _make_executor(config, _load(config, model, backend, 1), backend), backend.name
+    return _make_executor(config, _load(config, model, backend, 1), backend, allocate_kv), backend.name
 
 
 def _make_null(config: SageLLMConfig) -> Executor:
@@ -105,14 +108,24 @@ def _load(config: SageLLMConfig, resolved: ResolvedModel, backend: Backend, num_
     return model
 
 
-def _make_executor(config: SageLLMConfig, model: DecoderModel, backend: Backend) -> Executor:
+def _make_executor(
+    config: SageLLMConfig, model: DecoderModel, backend: Backend, allocate_kv: AllocateKV | None = None
+) -> Executor:
     from .worker.torch_executor import TorchExecutor
 
     kv, scheduler = config.kv_cache, config.scheduler
     unit = KVGranularity.LAYER if kv.granularity is KVGranularity.BLOCK else kv.granularity
-    num_blocks = kv.max_tokens // kv.block_size
-    slots, timeout_s = scheduler.max_batch_size, scheduler.transfer_timeout_s
-    return TorchExecutor(model, backend, num_blocks, kv.block_size, slots, unit, timeout_s, kv.granularity)
+    return TorchExecutor(
+        model,
+        backend,
+        kv.max_tokens // kv.block_size,
+        kv.block_size,
+        scheduler.max_batch_size,
+        unit,
+        scheduler.transfer_timeout_s,
+        kv.granularity,
+        allocate_kv,
+    )
 
 
 def _refuse_device(backend: BackendConfig) -> None:

@@ -31,7 +31,7 @@ class KVSender:
 
     def __init__(self, pool: Tensor, peers: Sequence[Tensor], granularity: KVGranularity, timeout_s: float) -> None:
         self._pool = pool
-        self._peers = peers
+        self.peers = peers
         self.granularity = granularity
         self.timeout_s = timeout_s or None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-kv-sender")
@@ -60,7 +60,7 @@ class KVSender:
     def copy(self, export: KVExport, layer: int | None) -> None:
         """Copy an export's KV, of one layer or of all."""
         copy_kv(
-            self.granularity, self._pool, self._peers[export.peer], export.source_blocks, export.target_blocks,
+            self.granularity, self._pool, self.peers[export.peer], export.source_blocks, export.target_blocks,
             export.start, export.end, layer,
         )  # fmt: skip
 
@@ -68,6 +68,8 @@ class KVSender:
         """Wait until what was copied lies there."""
         if self._stream is not None:
             self._stream.synchronize()
+            for device in {peer.device for peer in self.peers if peer is not None} - {self._pool.device}:
+                torch.cuda.current_stream(device).synchronize()
 
     def close(self) -> None:
         """Wait for the copies and end the thread."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ..scheduler.plan import StepPlan
     from .sampling import SampledTokens
 
+    AllocateKV = Callable[[Backend, tuple[int, ...], torch.dtype], Tensor]
+
 
 class _DeviceStep:
     """A step on the device thread; its arrays are copied to the host only when they are asked for."""
@@ -62,14 +64,17 @@ class TorchExecutor:
         handover_unit: KVGranularity = KVGranularity.LAYER,
         transfer_timeout_s: float = 0.0,
         tier_unit: KVGranularity = KVGranularity.BLOCK,
+        allocate_kv: AllocateKV | None = None,
     ) -> None:
-        """Allocate everything. KV is handed over in `handover_unit`s; a step's may take `transfer_timeout_s`, 0 is any
-        time. Tiers copy it in `tier_unit`s."""
+        """Allocate everything, the pool with `allocate_kv` if that is given. KV is handed over in `handover_unit`s; a
+        step's may take `transfer_timeout_s`, 0 is any time. Tiers copy it in `tier_unit`s."""
         self.before_step: Callable[[], None] = lambda: None
         self._model = model
         self._backend = backend
         self._block_size = block_size
-        self._kv = backend.allocate_kv(model.kv_shape(num_blocks, block_size), model.kv_dtype)
+        shape = model.kv_shape(num_blocks, block_size)
+        allocate = backend.allocate_kv if allocate_kv is None else partial(allocate_kv, backend)
+        self._kv = allocate(shape, model.kv_dtype)
         self._sampling = SamplingState(num_slots, model.vocab_size, backend.device)
         self._newest = torch.zeros(num_slots, dtype=torch.int64, device=backend.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-device")
@@ -88,7 +93,10 @@ class TorchExecutor:
         return self._kv
 
     def connect(self, peers: list[Tensor]) -> None:
-        self._sender = KVSender(self._kv, peers, *self._handover)
+        if self._sender is None:
+            self._sender = KVSender(self._kv, peers, *self._handover)
+        else:
+            self._sender.peers = peers
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
         self._rows[slot] = (sequence, choice)

@@ -196,6 +196,7 @@ class Worker:
             self._inbox.popleft()  # only now: what a failure leaves is answered by `abandon`
         self._end_overdue()
         if not self._is_ready():
+            self._leases.paused = self.planner.has_preempted
             return False
         try:
             plan = self.planner.plan(len(self._unread))

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,11 @@ class ChildProcess:
     """A new interpreter, never a fork: threads and devices of this process are none of its business.
 
     It dies with this process, is reaped as soon as it is dead, and is in a process group of its own: Ctrl-C is for us.
-    `on_exit` is called on another thread when it has ended.
+    On another thread `on_notice` gets what it sends apart from the channel, and then `on_exit` tells that it has ended.
     """
 
-    def __init__(self, module: str, on_exit: Callable[[], None]) -> None:
-        """Start `module.main(descriptor of its end of the channel, our process id)`.
+    def __init__(self, module: str, on_notice: Callable[[Any], None], on_exit: Callable[[], None]) -> None:
+        """Start `module.main(channel, notices, parent)`: descriptors of its ends of both, and our process id.
 
         Raises:
             OSError: no process can be started.
@@ -35,26 +36,26 @@ class ChildProcess:
         """
         if sys.platform != "linux":
             raise ConfigError(f"scheduler.isolation: process needs Linux, this is {sys.platform}: write thread")
-        ours, theirs = socket.socketpair()
-        self.channel = Channel(ours)
+        ours, theirs = zip(socket.socketpair(), socket.socketpair(), strict=True)
+        self.channel, self._notices = map(Channel, ours)
         self._process: subprocess.Popen[bytes] | None = None
         self._error: OSError | None = None
-        self._on_exit = on_exit
+        self._on_notice, self._on_exit = on_notice, on_exit
         self._started, self._ended = Event(), Event()
         code = f"import sys; sys.path[:] = {sys.path!r}\n"
-        code += f"from {module} import main; main({theirs.fileno()}, {os.getpid()})"
+        code += f"from {module} import main; main({theirs[0].fileno()}, {theirs[1].fileno()}, {os.getpid()})"
         Thread(target=self._run, args=(code, theirs), name="sagellm-process", daemon=True).start()
         self._started.wait()
         if self._error is not None:
             raise self._error
 
-    def _run(self, code: str, theirs: socket.socket) -> None:
+    def _run(self, code: str, theirs: tuple[socket.socket, ...]) -> None:
         # The kernel ends the child with the thread that started it: this one stays until it has ended.
         try:
-            with theirs:
+            with theirs[0], theirs[1]:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", code],
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=[end.fileno() for end in theirs],
                     stdin=subprocess.DEVNULL,
                     stdout=sys.stderr.fileno() if _is_open(sys.stderr) else subprocess.DEVNULL,
                     process_group=0,
@@ -64,7 +65,11 @@ class ChildProcess:
             self._started.set()
             return
         self._started.set()
+        with suppress(EOFError, OSError):
+            while True:
+                self._on_notice(self._notices.receive()[0])
         self._process.wait()
+        self._notices.close()
         self._ended.set()
         self._on_exit()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,12 +37,51 @@ class Release(NamedTuple):
     slot: int
 
 
+class Export(NamedTuple):
+    """A KVExport. Its `number` is sent back as a notice when it is done."""
+
+    number: int
+    peer: int
+    start: int
+    end: int
+    source_blocks: NDArray[np.int32]
+    target_blocks: NDArray[np.int32]
+
+
 @dataclass(slots=True)
 class Step:
-    """Slots that have changed since the last step, in order, and the plan. Answered by a StepResult or a Failure."""
+    """Slots that have changed since the last step, in order, and the plan, whose exports come apart.
+
+    Answered by a StepResult or a Failure.
+    """
 
     changes: list[Admission | Readmission | Release]
     plan: StepPlan
+    exports: list[Export]
+
+
+class SharedMemoryPool(NamedTuple):
+    """A pool on the CPU: memory that comes as an open file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class CUDAPool(NamedTuple):
+    """A pool on a CUDA device: a pickled function and arguments that map it."""
+
+    handle: bytes
+
+
+PoolDescription = SharedMemoryPool | CUDAPool
+
+
+@dataclass(slots=True)
+class Connect:
+    """From now on exports to this peer go to that pool; None is the null model's. Not answered."""
+
+    peer: int
+    pool: PoolDescription | None
 
 
 @dataclass(slots=True)
@@ -52,10 +91,10 @@ class Close:
 
 @dataclass(slots=True)
 class Ready:
-    """The model is loaded. `pool` says how others map the KV tensor, where they may."""
+    """The model is loaded. `pool` says how others map the KV tensor, where they are to."""
 
     backend_name: str
-    pool: Any = field(default=None)
+    pool: PoolDescription | None
 
 
 class Failure:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections import deque
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import count
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ....errors import ExecutorLostError
 from .child_process import ChildProcess
-from .messages import Admission, Close, Failure, Readmission, Ready, Release, Step
+from .messages import Admission, Close, Connect, Export, Failure, Readmission, Ready, Release, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,20 +23,43 @@ if TYPE_CHECKING:
 
     from ....config import SageLLMConfig
     from ....records import Sequence
-    from ...scheduler.plan import StepPlan, StepResult
+    from ...scheduler.plan import KVExport, StepPlan, StepResult
+    from .messages import PoolDescription
 
 _STEP_LIMIT_S = 120.0
 _START_LIMIT_S = 1800.0  # loading the weights included
 _CHILD = f"{__package__}.child"
 
 
+class MappablePool:
+    """The KV pool of one process, and the open files with which others map it."""
+
+    def __init__(self, description: PoolDescription | None, descriptors: list[int]) -> None:
+        self.description = description
+        self.descriptors = tuple(descriptors)
+        for descriptor in descriptors:
+            weakref.finalize(self, os.close, descriptor)
+
+
+class RemotePool:
+    """A worker's pool as its peers know it: another one whenever its process is; None while there is no process.
+
+    It is None before the worker knows of the loss: KV that is sent for a lease granted after it is not sent to the
+    pool of before.
+    """
+
+    def __init__(self) -> None:
+        self.current: MappablePool | None = None
+
+
 class _RemoteStep:
     """A step that was sent; answers come in the order of the steps."""
 
-    __slots__ = ("_executor", "answer")
+    __slots__ = ("_executor", "_refused", "_sent", "answer")
 
-    def __init__(self, executor: RemoteExecutor) -> None:
+    def __init__(self, executor: RemoteExecutor, sent: list[int], refused: dict[int, str]) -> None:
         self._executor = executor
+        self._sent, self._refused = sent, refused  # exports, by index
         self.answer: StepResult | Failure | None = None
 
     def result(self) -> StepResult:
@@ -41,7 +67,14 @@ class _RemoteStep:
             self._executor.receive_answer()
         if isinstance(self.answer, Failure):
             raise self.answer.error
-        return self.answer
+        result = self.answer
+        failed = {self._sent[index]: why for index, why in result.failed_exports.items()}
+        return replace(result, failed_exports=failed | self._refused) if self._refused or failed else result
+
+
+def _finish_export(exporting: dict[int, Callable[[], None]], number: int) -> None:
+    if (done := exporting.pop(number, None)) is not None:
+        done()
 
 
 def _tell(executor: weakref.ref[RemoteExecutor]) -> None:
@@ -65,12 +98,19 @@ class RemoteExecutor:
         self._timeout = (_STEP_LIMIT_S if timeout is None else timeout) or None
         self._changes: list[Admission | Readmission | Release] = []
         self._unanswered: deque[_RemoteStep] = deque()
+        self._exporting: dict[int, Callable[[], None]] = {}  # what to call when they are done, by number
+        self._numbers = count()
+        self._peers: list[RemotePool] = []
+        self._connected: list[MappablePool | None] = []  # what the process has mapped of each
+        self.pool = RemotePool()
         self._child: ChildProcess | None = None
         self._is_ready = False
         self._start()
 
     def _start(self) -> None:
-        self._child = ChildProcess(_CHILD, partial(_tell, weakref.ref(self)))
+        on_notice, on_exit = partial(_finish_export, self._exporting), partial(_tell, weakref.ref(self))
+        self._child = ChildProcess(_CHILD, on_notice, on_exit)
+        self._connected = [None] * len(self._peers)
         self._end_child = weakref.finalize(self, self._child.kill)
         self._give_up_at = time.monotonic() + _START_LIMIT_S
         try:
@@ -111,19 +151,17 @@ class RemoteExecutor:
         return self._is_ready
 
     def _receive_ready(self, timeout: float) -> None:
-        message = self._receive(timeout)
+        message, descriptors = self._receive(timeout)
         if isinstance(message, Failure):
             raise message.error
         assert isinstance(message, Ready)
         self.backend_name = message.backend_name
+        self.pool.current = MappablePool(message.pool, descriptors)
         self._is_ready = True
 
-    @property
-    def pool(self) -> Any:
-        return None
-
-    def connect(self, peers: list[Any]) -> None:
-        """The configuration refuses workers that hand KV over."""
+    def connect(self, peers: list[RemotePool]) -> None:
+        self._peers = peers
+        self._connected = [None] * len(peers)
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
         self._changes.append(Admission(slot, sequence.prompt_tokens, sequence.sampling, sequence.eos_token_ids, choice))
@@ -138,38 +176,70 @@ class RemoteExecutor:
         child = self._child
         if child is None or not self._is_ready:
             raise ExecutorLostError("the worker's process is not ready")
+        sent = [index for index, export in enumerate(plan.exports) if self._connect(child, export.peer)]
+        exports = [self._number(plan.exports[index]) for index in sent]
         try:
-            child.channel.send(Step(self._changes, plan), self._timeout)
-        except TimeoutError:
-            self._lose(f"process {child.pid} took no step in {self._timeout:g} s")
-        except OSError:
-            self._lose(child.describe_end())
+            child.channel.send(
+                Step(self._changes, replace(plan, exports=[]) if plan.exports else plan, exports), self._timeout
+            )
+        except Exception as error:
+            for export in exports:  # the caller's again
+                self._exporting.pop(export.number, None)
+            self._lose_unsent(child, error)
+        refused = dict.fromkeys(
+            {*range(len(plan.exports))} - {*sent}, "the process of the other worker is being started"
+        )
+        for index in refused:
+            plan.exports[index].done()
         self._changes = []
-        step = _RemoteStep(self)
+        step = _RemoteStep(self, sent, refused)
         self._unanswered.append(step)
         return step
+
+    def _connect(self, child: ChildProcess, peer: int) -> bool:
+        """Have the process map a peer's pool; False if there is none now."""
+        pool = self._peers[peer].current
+        if pool is None:
+            return False
+        if pool is not self._connected[peer]:
+            try:
+                child.channel.send(Connect(peer, pool.description), self._timeout, pool.descriptors)
+            except OSError as error:
+                self._lose_unsent(child, error)
+            self._connected[peer] = pool
+        return True
+
+    def _number(self, export: KVExport) -> Export:
+        number = next(self._numbers)
+        self._exporting[number] = export.done
+        return Export(number, export.peer, export.start, export.end, export.source_blocks, export.target_blocks)
+
+    def _lose_unsent(self, child: ChildProcess, error: Exception) -> NoReturn:
+        if isinstance(error, TimeoutError):
+            self._lose(f"process {child.pid} took no step in {self._timeout:g} s")
+        if isinstance(error, OSError):
+            self._lose(child.describe_end())
+        raise error
 
     def receive_answer(self) -> None:
         """Wait for the answer to the oldest step that has none."""
         if not self._unanswered:
             raise ExecutorLostError("the worker's process, and this step with it, was lost")
-        answer = self._receive(self._timeout)
+        answer, _ = self._receive(self._timeout)
         self._unanswered.popleft().answer = answer
 
-    def _receive(self, timeout: float | None) -> Any:
+    def _receive(self, timeout: float | None) -> tuple[Any, list[int]]:
         child = self._child
         assert child is not None
         try:
-            return child.channel.receive(timeout)[0]
+            return child.channel.receive(timeout)
         except TimeoutError:
             self._lose(f"process {child.pid} took more than {timeout:g} s for a step")
         except (EOFError, OSError):
             self._lose(child.describe_end())
 
-    def _lose(self, why: str) -> Any:
-        self._end_child()
-        self._child = None
-        self._is_ready = False
+    def _lose(self, why: str) -> NoReturn:
+        self._end()
         self._changes.clear()
         self._unanswered.clear()
         raise ExecutorLostError(f"the worker's process was lost: {why}")
@@ -183,5 +253,12 @@ class RemoteExecutor:
                 self._child.end()
             except OSError:
                 pass
+        self._end()
+
+    def _end(self) -> None:
+        self.pool.current = None
         self._end_child()
         self._child = None
+        self._is_ready = False
+        while self._exporting:  # nobody copies any more
+            self._exporting.popitem()[1]()
