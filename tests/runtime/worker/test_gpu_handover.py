@@ -11,8 +11,11 @@ PROMPTS = [[*range(5, 5 + length)] for length in (1, 15, 16, 17, 40, 100)]
 
 
 @pytest.mark.parametrize("devices", [[0], [0, 1]])
-@pytest.mark.parametrize("unit", ["block", "token", "head"])
-def test_the_same_tokens_as_hybrid(checkpoint_folder, devices, unit):
+@pytest.mark.parametrize(
+    ("unit", "isolation"), [("block", "thread"), ("token", "thread"), ("head", "thread"), ("block", "process")]
+)
+@pytest.mark.timeout(300)  # processes that load torch
+def test_the_same_tokens_as_hybrid(checkpoint_folder, devices, unit, isolation):
     if torch.cuda.device_count() < len(devices):
         pytest.skip(f"needs {len(devices)} CUDA devices")
 
@@ -29,5 +32,5 @@ def test_the_same_tokens_as_hybrid(checkpoint_folder, devices, unit):
             return [output.output_tokens for output in engine.generate(requests * 2)]
 
     kv = {"max_tokens": 4096, "granularity": unit}
-    strict = {"mode": "strict", "max_step_tokens": 32, "on_transfer_failure": "fail"}
+    strict = {"mode": "strict", "max_step_tokens": 32, "on_transfer_failure": "fail", "isolation": isolation}
     assert run(kv_cache=kv, scheduler=strict) == run()
