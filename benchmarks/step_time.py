@@ -92,7 +92,7 @@ def time_steps(
     executor = TorchExecutor(loaded, backend, blocks, BLOCK_SIZE, SLOTS)
     try:
         steps = SyntheticSteps(executor, blocks, BLOCK_SIZE, SLOTS, loaded.vocab_size)
-        chosen = _choose(steps, batches, random.Random(seed), backend)
+        chosen = _choose(steps, batches, random.Random(seed), backend, loaded.max_seq_len)
         times: dict[int, list[float]] = defaultdict(list)
         for turn in range(rounds):
             for index, (_, step) in enumerate(chosen):
@@ -112,14 +112,16 @@ def predict(cost: StepCost, shape: StepShape) -> float:
     return cost.step_seconds(shape.decode_contexts, starts, lengths, shape.logit_rows)
 
 
-def _choose(steps: SyntheticSteps, batches: int, rng: random.Random, backend: Backend) -> list[tuple[str, StepShape]]:
+def _choose(
+    steps: SyntheticSteps, batches: int, rng: random.Random, backend: Backend, max_seq_len: int
+) -> list[tuple[str, StepShape]]:
     """Fewer rows and shorter chunks on a CPU: as a server would run there."""
     max_rows, max_chunk = (64, 512) if backend.name == "cpu" else (SLOTS, 4096)
     chosen: list[tuple[str, StepShape]] = []
     for kind in KINDS:
         count = 0
         while count < batches:
-            step = random_shape(kind, rng, max_rows, max_chunk, max_context=8192)
+            step = random_shape(kind, rng, max_rows, min(max_chunk, max_seq_len // 2), min(8192, max_seq_len // 2))
             if steps.fits(step):
                 chosen.append((kind, step))
                 count += 1

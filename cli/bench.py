@@ -111,6 +111,38 @@ def simulation(device: str, shape: str, requests: int, rate: float, threads: int
     click.echo(format_table(["figure", "measured", "predicted", "error"], rows))
 
 
+@command.command("slo")
+@click.option("--slo-ms", default=150.0, show_default=True, type=click.FloatRange(1), help="scheduler.tpot_slo_ms.")
+@click.option("--shape", default="qwen2.5-0.5b", show_default=True, help="The model's shape; weights are random.")
+@click.option("--backend", type=click.Choice(["cpu", "cuda"]), help="The device. Default: CUDA where there is one.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0 is every core.")
+@click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(1), help="In which requests arrive.")
+@click.option("--chats", default=0.4, show_default=True, type=click.FloatRange(0, min_open=True), help="A second.")
+@click.option("--documents", default=0.08, show_default=True, type=click.FloatRange(0, min_open=True), help="A second.")
+@click.option("--document-tokens", default=2048, show_default=True, type=click.IntRange(1), help="Of each document.")
+@click.option("--runs", default=1, show_default=True, type=click.IntRange(1), help="Of each, in turn.")
+def slo(
+    slo_ms: float,
+    shape: str,
+    backend: str | None,
+    threads: int,
+    seconds: float,
+    chats: float,
+    documents: float,
+    document_tokens: int,
+    runs: int,
+) -> None:
+    """Latencies of chats (64 tokens in, 96 out) while documents are read, with and without scheduler.tpot_slo_ms."""
+    from ..benchmarks.slo import MixedLoad, compare_slo, format_served
+    from ..benchmarks.workloads import SHAPES
+
+    if shape not in SHAPES:
+        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    load = MixedLoad(seconds, chats, documents, document_tokens)
+    device = {"backend_type": backend, "threads": threads}
+    click.echo(format_served(compare_slo(device, shape, slo_ms, load, runs, lambda text: click.echo(text, err=True))))
+
+
 @command.command("plan")
 @click.option("--running", default=256, show_default=True, type=click.IntRange(1), help="Rows that decode.")
 @click.option("--waiting", default=1000, show_default=True, type=click.IntRange(0), help="Sequences that wait.")
