@@ -181,22 +181,23 @@ class _Watch:
         self._probe.reset()
         began = time.perf_counter()
         self._executor.launch(plan).result()
+        self._probe.synchronize()
         self._probe.mark(NodeKind.SAMPLE, shape.logit_rows)
         return time.perf_counter() - began
 
     def _observe(self, shape: StepShape) -> float:
         probe = self._probe
         seconds = self._time(shape)
-        scale = 1.0
+        told, counts, scale = probe.seconds.copy(), probe.counts.copy(), 1.0
         if probe.device.type != "cpu":
             # Waiting for each part took time of its own: keep the parts' shares, and the whole step's time without.
             probe.stopped = True
             seconds = self._time(shape)
             probe.stopped = False
-            scale = seconds / sum(probe.seconds.values())
-        told = {part: scale * spent for part, spent in probe.seconds.items()}
+            scale = seconds / sum(told.values())
+        told = {part: scale * spent for part, spent in told.items()}
         overhead = told.pop((STEP, 0), 0.0) + told.pop((NodeKind.SAMPLE, 0), 0.0)
-        parts = {part: spent / probe.counts[part] for part, spent in told.items()}
+        parts = {part: spent / counts[part] for part, spent in told.items()}
         self._runs[shape].append(_Run(seconds, overhead, parts))
         return seconds
 

@@ -41,7 +41,7 @@ def config(model, engine=None, **scheduler):
         model={"model_id": str(model)},
         kv_cache={"max_tokens": 512, "block_size": 4},
         scheduler=strict,
-        **(engine or {"backend": {"threads": 1}}),
+        **(engine or {"backend": {"backend_type": "cpu", "threads": 1}}),
     )
 
 
@@ -151,9 +151,8 @@ def engine(checkpoint_folder):
 def alone(checkpoint_folder):
     """What a prompt gives in one process, in float32 and whatever mixes it is in; law 1 compares that with
     transformers."""
-    with SageLLMEngine(
-        SageLLMConfig(model={"model_id": str(checkpoint_folder("qwen3"))}, backend={"threads": 1})
-    ) as engine:
+    cpu = {"backend_type": "cpu", "threads": 1}
+    with SageLLMEngine(SageLLMConfig(model={"model_id": str(checkpoint_folder("qwen3"))}, backend=cpu)) as engine:
         outputs = engine.generate([request(prompt, 24) for prompt in PROMPTS])
     return {tuple(prompt): output.output_tokens for prompt, output in zip(PROMPTS, outputs, strict=True)}
 
