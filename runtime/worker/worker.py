@@ -202,7 +202,8 @@ class Worker:
             plan = self.planner.plan(len(self._unread))
         except MustReadFirst:
             return False
-        self._leases.paused = self.planner.has_preempted
+        paused, self._leases.paused = self._leases.paused, self.planner.has_preempted
+        self._returned |= paused and not self._leases.paused
         if plan is None:
             return False
         if not self._unread:
@@ -433,8 +434,8 @@ class Worker:
             if owner.lease.commit_outputs and owner.decoding and reason in (FinishReason.STOP, FinishReason.LENGTH):
                 # The last output's KV was never computed: it was nobody's input.
                 count = int(table.prompt_len[slot] + table.outputs_read[slot]) - 1
-                if table.computed[slot] < count:
-                    continue  # it was lost after the last token had been read
+                if count <= table.prompt_len[slot] or table.computed[slot] < count:
+                    continue  # nothing to add to the prompt, or lost after the last token had been read
                 commits.append(Commit(table.tokens(slot, count), table.row_blocks(slot), namespace_of(owner.sequence)))
         self._kv.commit_all(commits)
 

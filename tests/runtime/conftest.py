@@ -30,7 +30,8 @@ class Bench:
 
     For `kv_cache`'s `eviction` and `ttl_s` a second passes each time that the KV books look at their clock. With mode
     strict `executor` is a function that makes one for each worker; `seed` says in which order the workers take turns.
-    With `slow_doors` sequences are on their way to a worker for a step or more.
+    With `slow_doors` sequences are on their way to a worker for a step or more; `uneven` lets a worker take several
+    steps while another takes one.
     `tiers` are the arguments of KVTiers below the first worker's pool; its copier takes turns in `run`, by `seed`.
     """
 
@@ -46,6 +47,7 @@ class Bench:
         clock=time.monotonic,
         seed=0,
         slow_doors=False,
+        uneven=False,
         step_cost=None,
         **scheduler,
     ):
@@ -106,14 +108,21 @@ class Bench:
             self.tiers = KVTiers(self.kv, executors[0].block_io, submit=self.jobs.append, **tiers)
             books[0].fetcher = self.tiers.fetcher
             executors[0].before_step = self.tiers.flush
+            self.tiers.fetcher.on_fetched.append(self.tell)
         self.commit = commit
         self.slow_doors = slow_doors
+        self.uneven = uneven
         self.entering = deque([[]] if slow_doors else [])
         self.between = []
         self.deltas = []
         self.finished = []
         self.worker.on_prefilled = self._prefilled
         self.worker.on_decoded = self._decoded
+        self.worker.on_leases_returned = self.tell
+        self._told = True  # as `schedule`, it looks for room only when it is told that there may be some
+
+    def tell(self):
+        self._told = True
 
     def _prefilled(self, sequences):
         if self.slow_doors:
@@ -126,6 +135,7 @@ class Bench:
             if not sequence.ended and self.commit:
                 sequence.kv.commit_outputs = True
                 self.leases.commit([sequence])
+                self.tell()
         self.finished += [sequence for sequence in sequences if sequence.ended]
         self.worker.submit_decode([sequence for sequence in sequences if not sequence.ended])
 
@@ -153,18 +163,24 @@ class Bench:
                 sequence.kv.fetch = self.tiers.wish(prompt, namespace_of(sequence), len(prompt) - 1)
                 self.tiers.fetcher.is_coming(sequence.kv.fetch)
             self.waiting.offer(sequence)
+            self.tell()
+
+    def _grant_if_told(self):
+        granted = self.waiting.take_granted() if self._told else []
+        self._told = bool(granted)
+        return granted
 
     def grant(self, sequence):
         granted = self.leases.grant([sequence])
         return granted[0] if granted else None
 
-    def run(self, limit=10_000):
+    def run(self, limit=10_000, between=lambda: None):
         for _ in range(limit):
+            between()
             if self.jobs and self._chance.random() < 0.2:
                 self.jobs.popleft()()
             self.finished += self.waiting.take_ended()
-            granted = self.waiting.take_granted()
-            self.entering.append(granted)
+            self.entering.append(self._grant_if_told())
             if granted := self.entering.popleft():
                 self.worker.submit_prefill(granted)
             on_their_way = len(self.between)
@@ -175,11 +191,18 @@ class Bench:
                 return self.finished
         raise AssertionError(f"not done after {limit} steps: {len(self.waiting)} waiting")
 
+    def reclaim(self, sequence):
+        """Its request has ended elsewhere: what `EngineServices.release` does."""
+        if self.leases.reclaim(sequence.request):
+            self.tell()
+        self.worker.reclaim([sequence.request])
+
     def step(self):
-        """A step of each worker, in any order; False when all of them are idle."""
+        """A step of each worker, or several, in any order; False when all of them are idle."""
         workers = [*self.worker.workers]
         self._chance.shuffle(workers)
-        worked = [worker.step() for worker in workers]
+        counts = self._chance.choices((1, 4) if self.uneven else (1,), k=len(workers))
+        worked = [worker.step() for worker, count in zip(workers, counts, strict=True) for _ in range(count)]
         return any(worked)
 
     def close(self):

@@ -29,6 +29,20 @@ def test_a_preempted_prompt_of_several_choices_leaves_nothing_that_another_seque
     b.check_nothing_leaks()
 
 
+def test_who_waits_behind_a_preempted_row_is_let_in_when_that_goes_on(bench):
+    b = bench(blocks=8, block_size=4)
+    short, long, behind = b.sequence([1] * 4, 16), b.sequence([2] * 4, 28), b.sequence([3] * 4, 2)
+    b.offer(short, long)
+
+    def offer_when_preempted():
+        if b.worker.preemptions and not b.finished and not len(b.waiting):
+            b.offer(behind)
+
+    b.run(limit=500, between=offer_when_preempted)
+    assert b.finished == [short, behind, long]
+    b.check_nothing_leaks()
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_random_mixes_that_fill_small_pools_all_end(bench, part):
     for seed in range(part * 100, part * 100 + 100):

@@ -85,6 +85,26 @@ def test_outputs_are_committed_for_the_next_turn(bench, null_tokens):
     b.check_nothing_leaks()
 
 
+def test_a_choice_that_ends_at_once_commits_no_block_that_nobody_has_copied_yet(bench):
+    class FirstEnds(NullExecutor):
+        def launch(self, plan):
+            handle = super().launch(plan)
+            handle.result().tokens[(plan.sample_slots == 1) & (plan.sample_steps == 0)] = 2
+            return handle
+
+    b = bench(executor=FirstEnds(8))
+    b.worker.on_prefilled = lambda sequences: (b._hand_over(sequences), b.kv.clear())  # as if its time to live was over
+    sequence = b.sequence(range(40, 46), max_new_tokens=4, n=2, eos=(2,))
+    b.offer(sequence)
+
+    def check():
+        assert b.finished or not b.kv.stats().cached_blocks
+
+    b.run(between=check)
+    assert [len(choice.output_tokens) for choice in sequence.choices] == [4, 1]
+    b.check_nothing_leaks()
+
+
 def test_tenants_do_not_share(bench):
     b = bench()
     b.offer(b.sequence(range(20), tenant="a"))
