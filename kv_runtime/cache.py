@@ -299,22 +299,29 @@ class KVCache:
         with self._lock:
             self._pool.retain(blocks)
 
-    def release(self, blocks: Int32Array) -> None:
+    def release(self, blocks: Int32Array) -> int:
         """Take one reference per entry; blocks of several sequences may come in one call.
+
+        Returns how many blocks have become `available`.
 
         Raises:
             KVCacheError: a block has fewer references than that, or is not of this pool. Nothing has changed.
         """
         blocks = np.asarray(blocks, dtype=np.int32)
         with self._lock:
+            before = self._count_available()
             unowned = self._pool.release(blocks)
             if len(unowned):
                 self._tree.unpark(unowned)
+            return self._count_available() - before
 
     def available(self) -> int:
         """Return how many blocks `allocate` could give now: free ones and those that only the tree refers to."""
         with self._lock:
-            return self._pool.num_free + self._pool.num_evictable
+            return self._count_available()
+
+    def _count_available(self) -> int:
+        return self._pool.num_free + self._pool.num_evictable
 
     @property
     def num_free(self) -> int:

@@ -15,7 +15,7 @@ from .lease import LeaseBook
 from .plan import KVExport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -34,10 +34,12 @@ class DecodeLeases(LeaseBook):
     """
 
     _left: set[int]
+    on_freed: Callable[[], None]  # the end of a copy has set blocks free
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._left = set()  # of those in transit, by id of the request, the ones that no other worker has any more
+        self.on_freed = lambda: None
 
     def _make_lease(self, sequence: Sequence, slots: list[int], acquired: Acquired, generation: int) -> Lease:
         lease = self._lay_out(sequence, slots, acquired, generation)
@@ -60,15 +62,33 @@ class DecodeLeases(LeaseBook):
         return super().arrive(sequence)
 
     def reclaim(self, request: Request) -> bool:
-        return id(request) in self._left and self.take_back(request)
+        return id(request) in self._left and super().reclaim(request)
 
     def take_back(self, request: Request) -> bool:
-        """Take back the lease of a request wherever it is; False if it has arrived, or there is none."""
+        """The prompt's worker takes back the lease of a request that it has not let go; False if there is none."""
         self._left.discard(id(request))
         return super().reclaim(request)
 
     def give_back_unused(self, sequence: Sequence, lease: Lease) -> None:
         self._free_all(lease)
+        if id(sequence.request) in self._left:  # the prompt was computed, and nobody else settles it
+            self._left.discard(id(sequence.request))
+            self.policy.settle(sequence, used=True)
+
+    def begin_copy(self, kv: KVCache, source: NDArray[np.int32], target: NDArray[np.int32]) -> Callable[[], None]:
+        """Blocks of `kv` are to be copied to blocks of this pool: all are kept until what is returned is called."""
+        kv.retain(source)
+        self.kv.retain(target)
+        with self._lock:
+            self._changing += 1
+        return partial(self._end_copy, kv, source, target)
+
+    def _end_copy(self, kv: KVCache, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:
+        freed = kv.release(source) + self.kv.release(target)
+        with self._lock:
+            self._changing -= 1
+        if freed:  # whoever had them has ended meanwhile
+            self.on_freed()
 
     def commit_arrived(self, sequences: list[Sequence]) -> None:
         """Make the KV of prompts that has arrived here reusable; `sequence.kv` is the other worker's lease."""
@@ -94,9 +114,7 @@ class Handover:
         size = self.book.block_size
         part = slice(self.sent // size, -(-end // size))
         source, target = blocks[part].copy(), self.lease.blocks[part].copy()
-        kv.retain(source)
-        self.book.kv.retain(target)
-        done = partial(_release, ((kv, source), (self.book.kv, target)))
+        done = self.book.begin_copy(kv, source, target)
         start, self.sent = self.sent, end
         return KVExport(slot, epoch, self.book.worker, start, end, source, target, done)
 
@@ -112,11 +130,6 @@ class Handover:
     def give_back(self, sequence: Sequence) -> None:
         """The sequence ended before it was handed over."""
         self.book.take_back(sequence.request)
-
-
-def _release(held: Iterable[tuple[KVCache, NDArray[np.int32]]]) -> None:
-    for kv, blocks in held:
-        kv.release(blocks)
 
 
 class PairedLeases:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...errors import EngineClosedError
 from ...kv_runtime.pool import NO_BLOCKS
 from ...records import FinishReason, Sequence
 from ..scheduler.resident import ResidentSequence, Row, RowState
@@ -16,10 +18,14 @@ from .worker import Worker
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from ...errors import ExecutorLostError
     from ...records import Request
+    from ..scheduler.handover import DecodeLeases
     from ..scheduler.lease import Lease
     from ..scheduler.plan import StepPlan, StepResult
+    from .collector import Ending
 
 
 class PrefillWorker(Worker):
@@ -92,7 +98,54 @@ class PrefillWorker(Worker):
 
 
 class DecodeWorker(Worker):
-    """Decodes sequences whose prompt a prefill worker has computed; what did not arrive it computes itself."""
+    """Decodes sequences whose prompt a prefill worker has computed; what did not arrive it computes itself.
+
+    Free blocks are granted to prompts, and other workers write to them: not in the order of this one's steps. So a
+    block that a step may still use, though its row has ended, is kept until that step has been read.
+    """
+
+    _leases: DecodeLeases
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._leases.on_freed = lambda: self.on_leases_returned()
+        self._kept: deque[tuple[int, NDArray[np.int32]]] = deque()  # until so many steps have been read
+
+    def launch(self) -> bool:
+        steps = self.steps
+        launched = super().launch()
+        if self.steps > steps:
+            self._keep(np.array([source for source, _ in self._unread[-1][0].copies], np.int32))
+        return launched
+
+    def read_oldest(self) -> None:
+        super().read_oldest()
+        self._let_go_of_read()
+
+    def _recover(self, error: ExecutorLostError) -> None:
+        super()._recover(error)
+        self._let_go_of_read()
+
+    def abandon(self, error: BaseException) -> None:
+        self._unread.clear()  # nobody reads them any more
+        self._let_go_of_read()
+        super().abandon(error)
+
+    def _end_rows(self, endings: list[Ending]) -> None:
+        if endings and self._unread:
+            self._keep(self._table.all_blocks([slot for slot, _ in endings]))
+        super()._end_rows(endings)
+
+    def _keep(self, blocks: NDArray[np.int32]) -> None:
+        if len(blocks):
+            self._kv.retain(blocks)
+            self._kept.append((self.steps, blocks))
+
+    def _let_go_of_read(self) -> None:
+        read = self.steps - len(self._unread)
+        while self._kept and self._kept[0][0] <= read:
+            self._kv.release(self._kept.popleft()[1])
+            self._returned = True
 
     def _start_decode(self, sequences: list[Sequence]) -> None:
         lost = [owner for owner in map(self._take_over, sequences) if owner is not None and not owner.lease.blocks.size]
@@ -165,9 +218,10 @@ class DisaggregatedWorkers:
             self._decode[index].submit_decode(share)
 
     def cancel(self, requests: list[Request]) -> None:
-        """See `Worker.cancel`."""
+        """See `Worker.cancel`. What a failed worker had has ended."""
         for worker in self.workers:
-            worker.cancel(requests)
+            with suppress(EngineClosedError):
+                worker.cancel(requests)
 
     def reclaim(self, requests: list[Request]) -> None:
         """See `Worker.reclaim`."""

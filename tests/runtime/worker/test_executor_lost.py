@@ -12,88 +12,8 @@ from hypothesis import strategies as st
 from sageLLM.errors import ExecutorLostError
 from sageLLM.kv_runtime import Commit, KVCache
 from sageLLM.records import FinishReason
-from sageLLM.runtime.scheduler.plan import StepResult
 from sageLLM.runtime.worker.disaggregated import PrefillWorker
 from sageLLM.runtime.worker.executor import NullExecutor
-
-
-class ReadingExecutor:
-    """A model whose next token depends on every token of its context, read from the blocks that the plan names.
-
-    Stands for a device: lost, it knows nothing, so that KV which is not computed again shows in the tokens.
-    """
-
-    def __init__(self, num_blocks, block_size):
-        self.kv = self.pool = np.zeros((num_blocks, block_size), np.int64)
-        self.newest = {}
-        self.rows = {}
-
-    def forget(self):
-        self.kv[:] = 1_000_003
-        self.newest.clear()
-        self.rows.clear()
-
-    def connect(self, peers):
-        self.peers = peers
-
-    def admit(self, slot, sequence, choice):
-        self.rows[slot] = sequence
-
-    def readmit(self, slot, outputs):
-        assert slot in self.rows
-        if len(outputs):
-            self.newest[slot] = int(outputs[-1])
-
-    def release(self, slot):
-        self.rows.pop(slot, None)
-
-    def ready(self):
-        return True
-
-    def launch(self, plan):
-        size = self.kv.shape[1]
-        for source, target in plan.copies:
-            self.kv[target] = self.kv[source]
-        ends = []
-        rows = [(int(p), [self.newest[s]]) for s, p in zip(plan.decode_slots, plan.decode_positions, strict=True)]
-        rows += [(chunk.start, chunk.tokens.tolist()) for chunk in plan.chunks]
-        for table, (start, tokens) in zip(plan.block_tables, rows, strict=True):
-            for position, token in enumerate(tokens, start):
-                self.kv[table[position // size], position % size] = token
-                context = self.kv[table[: position // size + 1]].reshape(-1)[: position + 1]
-                ends.append(next_token(context))
-        tokens = np.array([ends[row] for row in plan.sample_rows], np.int64)
-        assert set(plan.sample_slots.tolist()) <= self.rows.keys()
-        self.newest.update(zip(plan.sample_slots.tolist(), tokens.tolist(), strict=True))
-        for export in plan.exports:
-            for position in range(export.start, export.end):
-                at, offset = position // size - export.start // size, position % size
-                value = self.kv[export.source_blocks[at], offset]
-                self.peers[export.peer][export.target_blocks[at], offset] = value
-            export.done()
-        return Handle(StepResult(tokens))
-
-    def close(self):
-        """Nothing runs."""
-
-
-class Handle:
-    def __init__(self, result):
-        self.kept = result
-
-    def result(self):
-        return self.kept
-
-
-def next_token(context):
-    return int(np.dot(context, np.arange(1, len(context) + 1)) % 251)
-
-
-def expected_tokens(prompt, count):
-    tokens = [*prompt]
-    for _ in range(count):
-        tokens.append(next_token(np.array(tokens)))
-    return tokens[len(prompt) :]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -106,13 +26,13 @@ def expected_tokens(prompt, count):
     mode=st.sampled_from([{}, {"mode": "time_share"}, {"mode": "strict"}, {"mode": "strict", "decode_workers": 2}]),
 )
 def test_every_request_gets_the_tokens_it_would_have_got(
-    bench, losing_executor, seed, often, blocks, launch_ahead, slow_doors, mode
+    bench, losing_executor, reading_executor, expected_tokens, seed, often, blocks, launch_ahead, slow_doors, mode
 ):
     chance = random.Random(seed)
     options = {"launch_ahead": launch_ahead, "slow_doors": slow_doors, "max_step_tokens": 12, "seed": seed, **mode}
 
     def make():
-        return losing_executor(ReadingExecutor(blocks, 4), ReadingExecutor.forget, chance, often)
+        return losing_executor(reading_executor(blocks, 4), reading_executor.forget, chance, often)
 
     b = bench(blocks=blocks, executor=make if mode.get("mode") == "strict" else make(), **options)
     sequences = []
@@ -182,27 +102,31 @@ def test_what_was_computed_before_the_loss_is_not_committed_after_it():
     kv.check_integrity(owners=[])
 
 
-class LostInTransfer(ReadingExecutor):
-    """Lost once, when the result of the step that was to hand KV over is asked for."""
+@pytest.fixture
+def lost_in_transfer(reading_executor):
+    class LostInTransfer(reading_executor):
+        """Lost once, when the result of the step that was to hand KV over is asked for."""
 
-    lost = False
+        lost = False
 
-    def launch(self, plan):
-        handle = super().launch(plan)
-        if plan.exports and not self.lost:
-            self.lost = True
-            handle.result = self.lose
-        return handle
+        def launch(self, plan):
+            handle = super().launch(plan)
+            if plan.exports and not self.lost:
+                self.lost = True
+                handle.result = self.lose
+            return handle
 
-    def lose(self):
-        self.forget()
-        raise ExecutorLostError("process 1 was killed by SIGKILL")
+        def lose(self):
+            self.forget()
+            raise ExecutorLostError("process 1 was killed by SIGKILL")
+
+    return LostInTransfer
 
 
 @pytest.mark.parametrize("wanted", ["recompute", "fail"])
-def test_a_prefill_worker_that_is_lost_during_a_transfer(bench, monkeypatch, wanted):
+def test_a_prefill_worker_that_is_lost_during_a_transfer(bench, lost_in_transfer, expected_tokens, monkeypatch, wanted):
     monkeypatch.setattr(PrefillWorker, "fails_with_transfer", wanted == "fail")
-    b = bench(mode="strict", executor=lambda: LostInTransfer(64, 4), max_step_tokens=8, launch_ahead=False)
+    b = bench(mode="strict", executor=lambda: lost_in_transfer(64, 4), max_step_tokens=8, launch_ahead=False)
     moving, waiting = b.sequence(range(8), max_new_tokens=6), b.sequence(range(20, 24), max_new_tokens=6)
     b.offer(moving, waiting)
     b.run()

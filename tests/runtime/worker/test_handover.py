@@ -219,3 +219,54 @@ def test_the_worker_that_decodes_fails_and_everybody_gets_one_end(strict):
         worker.abandon(RuntimeError("the test says so"))
     assert sorted(map(id, b.finished)) == sorted(map(id, sequences))
     assert all("the test says so" in sequence.error for sequence in sequences)
+
+
+def test_a_cancel_reaches_the_workers_that_live(strict):
+    b = strict(decode_workers=2)
+    sequences = [b.sequence([i] * 6, max_new_tokens=50) for i in range(2)]
+    b.offer(*sequences)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    for _ in range(4):
+        b.step()
+    b.worker.workers[1].abandon(RuntimeError("the test says so"))
+    b.worker.cancel([sequence.request for sequence in sequences])
+    b.worker.workers[2].step()
+    assert {sequence.choices[0].finish_reason for sequence in sequences} == {FinishReason.ERROR, FinishReason.CANCELLED}
+    b.run()
+    b.check_nothing_leaks()
+
+
+def test_dropped_on_its_way_to_decode_it_settles_its_tenants_account(strict):
+    b = strict(policy="fair_share")
+    sequence = b.sequence(range(6), tenant="a")
+    b.offer(sequence)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    prefill, decode = b.worker.workers
+    while not decode._inbox:
+        prefill.step()
+    b.reclaim(sequence)
+    b.run()
+    assert not any(account.promised for account in b.waiting._waiting._accounts.values())
+    b.check_nothing_leaks()
+
+
+def test_a_block_that_a_step_copies_from_is_kept_until_the_step_has_been_read(strict):
+    b = strict({1})
+    b.offer(b.sequence(range(10), max_new_tokens=2))
+    b.run()
+    second = b.sequence([*range(10), 50, 51], max_new_tokens=9)  # decode computes it, and finds 10 tokens cached
+    b.offer(second)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    prefill, decode = b.worker.workers
+    while not decode._inbox:
+        prefill.step()
+    assert decode.launch()
+    ((plan, _),) = decode._unread
+    ((source, _),) = plan.copies
+    decode.launch()
+    owners = decode._kv._pool.owners.counts
+    assert owners[source] == 1
+    decode.read_oldest()
+    assert owners[source] == 0
+    b.run()
+    b.check_nothing_leaks()
