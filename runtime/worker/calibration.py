@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ CONTEXTS = ((1, 4096), (4, 2048), (16, 1024), (64, 384), (256, 96))  # (decoding
 LENGTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)  # of chunks, from the start and from START on
 START = 2048
 BUDGET_S = 40.0
-PASSES = 7  # the median counts
+PASSES = 7
 
 
 def load_rates(model: ResolvedModel, backend: Backend, nvme_folder: Path | None = None) -> DeviceRates:
@@ -153,7 +153,10 @@ class _Run(NamedTuple):
 
 
 class _Watch:
-    """Runs steps and tells what the parts of each took in its median run: of all, whatever else the machine did."""
+    """Runs steps and tells what the parts of each took in the mean, without its slowest run.
+
+    A long step meets every disturbance in proportion; so does a mean, which a median or a minimum of short steps does
+    not."""
 
     def __init__(self, executor: TorchExecutor, probe: StepProbe, steps: SyntheticSteps, work: ModelWork) -> None:
         self._executor = executor
@@ -205,11 +208,12 @@ class _Watch:
         """Every part of every shape, and the seconds of a step beside its parts."""
         found, overheads = [], []
         for shape, runs in self._runs.items():
-            run = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
-            overheads.append(run.overhead)
-            for (kind, rows), seconds in run.parts.items():
+            kept = sorted(runs, key=lambda run: run.seconds)[: max(1, len(runs) - 1)]
+            overheads.append(fmean(run.overhead for run in kept))
+            for kind, rows in kept[0].parts:
                 if rows:
                     assert isinstance(kind, NodeKind)
+                    seconds = fmean(run.parts[kind, rows] for run in kept)
                     found.append(Observation(kind, rows, *self._work_of(kind, rows, shape), seconds))
         return found, median(overheads)
 
