@@ -22,9 +22,10 @@ _LOGITS = {NodeKind.LAYERNORM: 2, NodeKind.OUT_PROJ: 1, NodeKind.FFN: 1, NodeKin
 
 
 class _RowSeconds:
-    """Seconds of what follows the number of rows, each kind of node so many times."""
+    """Seconds of what follows the number of rows, each kind of node so many times. What was asked for is remembered."""
 
     def __init__(self, work: ModelWork, rates: DeviceRates, times: dict[NodeKind, int]) -> None:
+        self._known = {0: 0.0}
         self._parts = [
             (
                 count,
@@ -37,12 +38,13 @@ class _RowSeconds:
         ]
 
     def at(self, rows: int) -> float:
-        if not rows:
-            return 0.0
-        return sum(
-            count * rates.seconds(rows, flops * rows, fixed_bytes + row_bytes * rows)
-            for count, flops, fixed_bytes, row_bytes, rates in self._parts
-        )
+        seconds = self._known.get(rows)
+        if seconds is None:
+            seconds = self._known[rows] = sum(
+                count * rates.seconds(rows, flops * rows, fixed_bytes + row_bytes * rows)
+                for count, flops, fixed_bytes, row_bytes, rates in self._parts
+            )
+        return seconds
 
 
 class StepCost:

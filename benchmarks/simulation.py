@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..runtime.simulation.simulation import SimulationResult
     from .traces import TraceReplay
 
-HEADER = ["mode", "policy", "eviction", "workers", "rate", "requests", "computed", "TTFT p50", "p99", "TPOT p50", "p99"]
-HEADER += ["ITL p99", "goodput", "good/s", "hit rate", "preempted", "busy", "simulated s", "wall s"]
+_HEADER = ["mode", "policy", "eviction", "workers", "rate", "requests", "computed"]
+_HEADER += ["TTFT p50", "p99", "TPOT p50", "p99", "ITL p99", "hit rate", "preempted", "busy", "simulated s", "wall s"]
+_GOODPUT_AT = _HEADER.index("hit rate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +97,11 @@ class Objective:
     ttft_ms: float
     tpot_ms: float
 
+    def __str__(self) -> str:
+        return f"{self.ttft_ms:g}/{self.tpot_ms:g}"
+
     def goodput(self, result: SimulationResult) -> float:
-        """The share of the requests that are good."""
+        """The share of all requests that are good."""
         good = [
             outcome.is_computed
             and (outcome.ttft_s or 0.0) * 1000 <= self.ttft_ms
@@ -114,7 +118,7 @@ def run_scenario(
     target: Target,
     trace: TraceReplay,
     routing: Routing,
-    objective: Objective,
+    objectives: list[Objective],
 ) -> list[str]:
     """Simulate one combination and return its row of the table; times in milliseconds, and only the last one is real.
 
@@ -133,13 +137,12 @@ def run_scenario(
         routing,
     )
     seconds = time.perf_counter() - start
-    goodput = objective.goodput(result)
     outcomes = result.outcomes
     row = [scenario.mode, scenario.policy, scenario.eviction, scenario.workers, f"{scenario.rate_scale:g}"]
     row += [f"{len(outcomes)}", f"{sum(outcome.is_computed for outcome in outcomes)}"]
     row += _percentiles([each.ttft_s for each in outcomes]) + _percentiles([each.tpot_s for each in outcomes])
     row += _percentiles(result.latencies_s)[1:]
-    row += [f"{goodput:.3f}", f"{goodput * len(outcomes) / result.elapsed_s:.2f}"]
+    row += [f"{objective.goodput(result):.3f}" for objective in objectives]
     row += [f"{result.hit_tokens / max(result.queried_tokens, 1):.1%}", f"{result.preemptions}"]
     row += ["/".join(f"{busy / result.elapsed_s:.0%}" for busy in result.busy_s)]
     return [*row, f"{result.elapsed_s:.1f}", f"{seconds:.1f}"]
@@ -153,6 +156,7 @@ def _percentiles(seconds: Any) -> list[str]:
     return [f"{value * 1000:.1f}" for value in np.percentile(known, [50, 99])]
 
 
-def format_rows(rows: list[list[str]]) -> str:
+def format_rows(rows: list[list[str]], objectives: list[Objective]) -> str:
     """The table."""
-    return format_table(HEADER, rows)
+    goodputs = [f"goodput {objective}" for objective in objectives]
+    return format_table([*_HEADER[:_GOODPUT_AT], *goodputs, *_HEADER[_GOODPUT_AT:]], rows)

@@ -56,8 +56,8 @@ def _check_workers(context: click.Context, option: click.Parameter, given: tuple
 )
 @click.option("--rate-scale", "rate_scales", multiple=True, default=(1.0,), type=_POSITIVE, help="Repeatable.")
 @click.option("--limit", type=click.IntRange(1), help="Only the trace's first requests.")
-@click.option("--ttft-slo-ms", default=2000.0, show_default=True, type=_POSITIVE, help="For the goodput.")
-@click.option("--tpot-slo-ms", default=50.0, show_default=True, type=_POSITIVE, help="For the goodput.")
+@click.option("--ttft-slo-ms", multiple=True, default=(2000.0,), type=_POSITIVE, help="A goodput for each pair ...")
+@click.option("--tpot-slo-ms", multiple=True, default=(50.0,), type=_POSITIVE, help="... of these. Default: 2000, 50.")
 def command(
     path: Path,
     overrides: tuple[str, ...],
@@ -71,8 +71,8 @@ def command(
     routing: str,
     rate_scales: tuple[float, ...],
     limit: int | None,
-    ttft_slo_ms: float,
-    tpot_slo_ms: float,
+    ttft_slo_ms: tuple[float, ...],
+    tpot_slo_ms: tuple[float, ...],
 ) -> None:
     """Replay a trace through PIPELINE's scheduler, KV cache and workers in virtual time; no weights are loaded.
 
@@ -86,16 +86,15 @@ def command(
     from ..runtime.simulation.cluster import Routing
     from ..runtime.simulation.engine import Stages
 
+    if len(ttft_slo_ms) != len(tpot_slo_ms):
+        raise click.UsageError(f"{len(ttft_slo_ms)} --ttft-slo-ms, but {len(tpot_slo_ms)} --tpot-slo-ms: give pairs")
+    objectives = [Objective(*pair) for pair in zip(ttft_slo_ms, tpot_slo_ms, strict=True)]
     combinations = [*scenarios(pipeline.engine, modes, policies, evictions, workers, rate_scales)]
     replay = TraceReplay(read_requests(trace)[:limit])
-    objective = Objective(ttft_slo_ms, tpot_slo_ms)
     stages, target = Stages.of(pipeline), make_target(pipeline.engine, device)
     collect_rarely()
-    click.echo(
-        format_rows(
-            [
-                run_scenario(each, pipeline.engine, stages, target, replay, Routing(routing), objective)
-                for each in combinations
-            ]
-        )
-    )
+    rows = [
+        run_scenario(each, pipeline.engine, stages, target, replay, Routing(routing), objectives)
+        for each in combinations
+    ]
+    click.echo(format_rows(rows, objectives))

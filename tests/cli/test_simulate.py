@@ -61,7 +61,8 @@ def rows(result):
 def test_the_same_input_gives_the_same_rows(simulate):
     options = ["--mode", "hybrid", "--mode", "time_share", "--policy", "SHORTEST_JOB"]
     options += ["--eviction", "cost", "--workers", "1", "--workers", "2"]
-    options += ["--rate-scale", "1", "--rate-scale", "3", "--ttft-slo-ms", "100", "--routing", "prefix_aware"]
+    options += ["--rate-scale", "1", "--rate-scale", "3", "--routing", "prefix_aware"]
+    options += ["--ttft-slo-ms", "100", "--tpot-slo-ms", "50", "--ttft-slo-ms", "1000", "--tpot-slo-ms", "8"]
     table = rows(simulate(*options))
     assert len(table) == len({tuple(row[:5]) for row in table}) == 8
     assert {tuple(row[5:7]) for row in table} == {("30", "30")}
@@ -84,6 +85,7 @@ def test_a_slower_device_takes_longer_and_the_limit_holds(simulate):
         (["--policy", "lifo"], 2, "'fcfs'"),
         (["--set", "engine.kv_cache.max_tokens=100000000000"], 78, "kv_cache.max_tokens: found 100000000000"),
         (["--rate-scale", "0"], 2, "--rate-scale"),
+        (["--ttft-slo-ms", "5", "--ttft-slo-ms", "9"], 2, "2 --ttft-slo-ms, but 1 --tpot-slo-ms: give pairs"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(simulate, arguments, code, said):
