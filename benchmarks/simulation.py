@@ -8,6 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from ..config import KVEviction, SageLLMConfig, SchedulerMode, SchedulerPolicy
 from ..errors import ConfigError
@@ -50,7 +51,7 @@ class Scenario:
         values = config.model_dump(mode="json", exclude_unset=True)
         scheduler: dict[str, Any] = values.setdefault("scheduler", {})
         if self.mode is not config.scheduler.mode:
-            for key in ("prefill_steps", "decode_steps", "prefill_workers", "decode_workers"):
+            for key in ("prefill_steps", "decode_steps", "prefill_workers", "decode_workers", "transfer_timeout_s"):
                 scheduler.pop(key, None)
         if self.policy is not config.scheduler.policy:
             for key in ("tenant_weights", "max_overtakes"):
@@ -60,7 +61,12 @@ class Scenario:
             prefill, decode = map(int, self.workers.split("+"))
             scheduler |= {"prefill_workers": prefill, "decode_workers": decode}
         values.setdefault("kv_cache", {})["eviction"] = self.eviction.value
-        return SageLLMConfig.model_validate(values)
+        values.get("backend", {}).pop("device_ids", None)
+        try:
+            return SageLLMConfig.model_validate(values)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+            raise ConfigError(f"{self.mode}, {self.policy}: {'; '.join(problems)}") from error
 
 
 def scenarios(

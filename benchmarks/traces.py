@@ -122,16 +122,19 @@ class TraceReplay:
     """The requests of a trace as sequences, as often as asked for.
 
     A block of 512 tokens is one token id 512 times, a prompt of which only the length is known one that no other has,
-    and so is each output: prefixes are equal where the trace says so, and nobody's prompt continues an output.
+    and so is each output: prefixes are equal where the trace says so, and nobody's prompt continues an output. With
+    `spread` what the trace has at one moment comes evenly up to its next moment.
     """
 
-    def __init__(self, requests: list[TraceRequest]) -> None:
+    def __init__(self, requests: list[TraceRequest], spread: bool = False) -> None:
         given = [request.blocks for request in requests if request.blocks is not None]
         distinct, numbers = np.unique(np.concatenate([np.empty(0, np.int64), *given]), return_inverse=True)
         parts = iter(np.split(numbers, np.cumsum([blocks.size for blocks in given])[:-1]))
         self._requests = [
             request if request.blocks is None else replace(request, blocks=next(parts)) for request in requests
         ]
+        at_s = np.array([request.at_s for request in requests])
+        self._at_s = (_spread(at_s) if spread else at_s) - at_s[0]
         self._own = _FIRST_ID + len(distinct)  # of the prompts without blocks
         self._outputs = self._own + len(requests)
 
@@ -140,8 +143,7 @@ class TraceReplay:
 
         With `rate_scale` 2 they come twice as fast. Somebody waits for each: the scheduler's timeouts apply.
         """
-        begin = self._requests[0].at_s
-        for number, request in enumerate(self._requests):
+        for number, (request, at_s) in enumerate(zip(self._requests, self._at_s.tolist(), strict=True)):
             sampling = SamplingParams(max_new_tokens=request.output_length, temperature=0.0, ignore_eos=True)
             record = Request(
                 str(number),
@@ -151,8 +153,7 @@ class TraceReplay:
                 deadline_ms=request.deadline_ms,
                 interactive=True,
             )
-            at_s = (request.at_s - begin) / rate_scale
-            yield at_s, Sequence(record, self._prompt(number, request), sampling.with_defaults())
+            yield at_s / rate_scale, Sequence(record, self._prompt(number, request), sampling.with_defaults())
 
     def _prompt(self, number: int, request: TraceRequest) -> Int32Array:
         if request.tokens is not None:
@@ -164,3 +165,13 @@ class TraceReplay:
     def output_token(self, sequence: Sequence) -> int:
         """The token id that all of a sequence's output is."""
         return self._outputs + int(sequence.request_id)
+
+
+def _spread(at_s: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ascending times of which none are equal; those of the last moment come as fast as those of the one before."""
+    moments, first, counts = np.unique(at_s, return_index=True, return_counts=True)
+    gaps = np.diff(moments)
+    pace = np.append(gaps / counts[:-1], gaps[-1] / counts[-2] if len(gaps) else 0.0)
+    places = np.arange(len(at_s)) - np.repeat(first, counts)  # among those of one moment
+    spread: NDArray[np.float64] = at_s + places * np.repeat(pace, counts)
+    return spread

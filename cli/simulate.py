@@ -55,6 +55,7 @@ def _check_workers(context: click.Context, option: click.Parameter, given: tuple
     help="Which engine gets a request.",
 )
 @click.option("--rate-scale", "rate_scales", multiple=True, default=(1.0,), type=_POSITIVE, help="Repeatable.")
+@click.option("--spread", is_flag=True, help="Spread what the trace has at one moment evenly up to its next.")
 @click.option("--limit", type=click.IntRange(1), help="Only the trace's first requests.")
 @click.option("--ttft-slo-ms", multiple=True, default=(2000.0,), type=_POSITIVE, help="A goodput for each pair ...")
 @click.option("--tpot-slo-ms", multiple=True, default=(50.0,), type=_POSITIVE, help="... of these. Default: 2000, 50.")
@@ -70,6 +71,7 @@ def command(
     workers: tuple[str, ...],
     routing: str,
     rate_scales: tuple[float, ...],
+    spread: bool,
     limit: int | None,
     ttft_slo_ms: tuple[float, ...],
     tpot_slo_ms: tuple[float, ...],
@@ -90,7 +92,7 @@ def command(
         raise click.UsageError(f"{len(ttft_slo_ms)} --ttft-slo-ms, but {len(tpot_slo_ms)} --tpot-slo-ms: give pairs")
     objectives = [Objective(*pair) for pair in zip(ttft_slo_ms, tpot_slo_ms, strict=True)]
     combinations = [*scenarios(pipeline.engine, modes, policies, evictions, workers, rate_scales)]
-    replay = TraceReplay(read_requests(trace)[:limit])
+    replay = TraceReplay(read_requests(trace)[:limit], spread)
     stages, target = Stages.of(pipeline), make_target(pipeline.engine, device)
     collect_rarely()
     rows = [

@@ -61,6 +61,15 @@ def test_requests_come_by_time_and_as_fast_as_asked_for(tmp_path):
     assert [(at, len(sequence.prompt_tokens)) for at, sequence in trace.arrivals(4)] == [(0, 2), (0.5, 1), (0.5, 3)]
 
 
+def test_what_comes_at_one_moment_may_be_spread_up_to_the_next(tmp_path):
+    times = [1000, 1000, 1000, 4000, 5000, 5000]
+    lines = [{"timestamp": at, "input_length": 1, "output_length": 1} for at in times]
+    requests = read_requests(write(tmp_path / "trace.jsonl", *lines))
+    spread = [at for at, _ in TraceReplay(requests, spread=True).arrivals(2)]
+    assert spread == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert [at for at, _ in TraceReplay(requests[:2], spread=True).arrivals()] == [0, 0]
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -37,7 +37,8 @@ edges:
 
 
 @pytest.fixture
-def simulate(tmp_path):
+def simulate(tmp_path, monkeypatch):
+    monkeypatch.setattr("sageLLM.runtime.garbage.collect_rarely", lambda: None)
     (tmp_path / "pipeline.yaml").write_text(PIPELINE)
     lines = [
         {"timestamp": 3 * k, "input_length": 900, "output_length": 4 + k % 5, "hash_ids": [k % 3, 100 + k]}
@@ -85,6 +86,11 @@ def test_a_slower_device_takes_longer_and_the_limit_holds(simulate):
         (["--policy", "lifo"], 2, "'fcfs'"),
         (["--set", "engine.kv_cache.max_tokens=100000000000"], 78, "kv_cache.max_tokens: found 100000000000"),
         (["--rate-scale", "0"], 2, "--rate-scale"),
+        (
+            ["--policy", "longest_prefix", "--set", "engine.kv_cache.enable_prefix_caching=false"],
+            78,
+            "hybrid, longest_prefix: : Value error, scheduler.policy LONGEST_PREFIX needs prefixes",
+        ),
         (["--ttft-slo-ms", "5", "--ttft-slo-ms", "9"], 2, "2 --ttft-slo-ms, but 1 --tpot-slo-ms: give pairs"),
     ],
 )
