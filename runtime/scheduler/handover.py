@@ -145,6 +145,7 @@ class PairedLeases:
         self.decode = decode
         self._all: list[LeaseBook] = [*prefill, *decode]
         self._routes: dict[int, tuple[LeaseBook, int]] = {}  # and tokens to compute, by id of those announced
+        self._announced = [0] * len(prefill)  # the same tokens, by worker
 
     @classmethod
     def over(
@@ -206,15 +207,14 @@ class PairedLeases:
         announced = book.announce(sequence)
         if announced:
             self._routes[id(sequence)] = book, tokens
+            self._announced[book.worker] += tokens
         return announced
 
     def _route(self, sequence: Sequence) -> tuple[LeaseBook, int]:
         """Where the prompt is computed soonest, and how many tokens that is."""
         if len(self.prefill) == 1:
             return self.prefill[0], 0
-        load = {book.worker: book.load for book in self.prefill}
-        for book, tokens in self._routes.values():
-            load[book.worker] += tokens
+        load = [book.load + announced for book, announced in zip(self.prefill, self._announced, strict=True)]
         own = {book.worker: len(sequence.prompt_tokens) - book.foreseen_hit(sequence) for book in self.prefill}
         best = min(self.prefill, key=lambda book: load[book.worker] + own[book.worker])
         return best, own[best.worker]
@@ -223,6 +223,7 @@ class PairedLeases:
         """Give both leases to as many of the announced sequences, from the first on, as there is room for on both
         sides; the others are no longer announced."""
         routes = [self._routes.pop(id(sequence))[0] for sequence in sequences]
+        self._announced = [0] * len(self.prefill)
         leases: list[Lease] = []
         for sequence, route in zip(sequences, routes, strict=True):
             lease = self._grant_pair(sequence, route)

@@ -83,7 +83,8 @@ class LeaseBook:
     _lock: Lock = field(default_factory=Lock)
     _computing: dict[PrefixKey, list[Sequence]] = field(default_factory=dict)
     _in_transit: dict[int, tuple[Sequence, Lease]] = field(default_factory=dict)  # by id of the request
-    _to_compute: dict[int, int] = field(default_factory=dict)  # tokens of the prompts that have a lease, by id of it
+    load: int = 0  # tokens of prompts that have a lease and are not computed, or not let go
+    _to_compute: dict[int, int] = field(default_factory=dict)  # the same by id of the lease
     _changing: int = 0  # calls under way that hold blocks which `_in_transit` does not show
 
     def __post_init__(self) -> None:
@@ -148,8 +149,7 @@ class LeaseBook:
             if others:
                 (cached,) = self.kv.count_cached([(prompt, namespace)], touch=False)
                 end = cached + self.block_size
-                head = prompt[:end].tobytes()
-                if end < len(prompt) and any(other.prompt_tokens[:end].tobytes() == head for other in others):
+                if end < len(prompt) and any(_share(other.prompt_tokens, prompt, cached, end) for other in others):
                     return False
             others.append(sequence)
         hint.prefix_key = key
@@ -165,12 +165,8 @@ class LeaseBook:
         (cached,) = self.kv.count_cached([(prompt, namespace)], touch=False)
         with self._lock:
             others = [*self._computing.get((namespace, prompt[: self.block_size].tobytes()), ())]
-        return max([cached, *(common_prefix_length(other.prompt_tokens, prompt) for other in others)])
-
-    @property
-    def load(self) -> int:
-        """Tokens of prompts that have a lease and are not computed, or not let go."""
-        return sum([*self._to_compute.values()])
+        longer = [other.prompt_tokens for other in others if _share(other.prompt_tokens, prompt, cached, cached + 1)]
+        return max([cached, *(common_prefix_length(other, prompt) for other in longer)])
 
     def grant(self, sequences: list[Sequence]) -> list[Lease]:
         """Give slots and blocks to as many of the sequences, from the first on, as there are enough for.
@@ -219,7 +215,9 @@ class LeaseBook:
             if len(sequence.prompt_tokens) - lease.hit_tokens <= self.block_size:
                 self._retract(sequence, lease)
         self.policy.charge(sequence)
-        self._to_compute[id(lease)] = len(sequence.prompt_tokens) - lease.hit_tokens
+        self._to_compute[id(lease)] = tokens = len(sequence.prompt_tokens) - lease.hit_tokens
+        with self._lock:
+            self.load += tokens
         self._in_transit[id(sequence.request)] = (sequence, lease)
         return lease
 
@@ -310,7 +308,8 @@ class LeaseBook:
     def let_go(self, sequence: Sequence, lease: Lease) -> None:
         """The worker has no more to do with it: it has ended, or another worker goes on with it."""
         self.prefix_computed(sequence, lease)
-        self._to_compute.pop(id(lease), None)
+        with self._lock:
+            self.load -= self._to_compute.pop(id(lease), 0)
 
     def give_back_slots(self, slots: list[int]) -> None:
         """Rows ended."""
@@ -339,3 +338,9 @@ class LeaseBook:
 def may_reuse(sequence: Sequence) -> bool:
     """Whether cached prefixes serve it: kv_lookup has seen it, and no prompt logprobs need every position computed."""
     return isinstance(sequence.kv, PrefixHint) and sequence.sampling.prompt_logprobs is None
+
+
+def _share(one: Int32Array, other: Int32Array, start: int, end: int) -> bool:
+    """Whether two prompts have their first `end` tokens in common; those from `start` on are most likely to differ."""
+    tail = one[start:end].tobytes()
+    return len(one) >= end and tail == other[start:end].tobytes() and one[:start].tobytes() == other[:start].tobytes()
