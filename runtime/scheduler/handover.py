@@ -62,7 +62,12 @@ class DecodeLeases(LeaseBook):
         return super().arrive(sequence)
 
     def reclaim(self, request: Request) -> bool:
-        return id(request) in self._left and super().reclaim(request)
+        held = self._in_transit.get(id(request)) if id(request) in self._left else None
+        if held is None or not super().reclaim(request):
+            return False
+        self._left.discard(id(request))
+        self.policy.settle(held[0], used=True)  # the prompt was computed, and nobody else settles it
+        return True
 
     def take_back(self, request: Request) -> bool:
         """The prompt's worker takes back the lease of a request that it has not let go; False if there is none."""
@@ -71,9 +76,6 @@ class DecodeLeases(LeaseBook):
 
     def give_back_unused(self, sequence: Sequence, lease: Lease) -> None:
         self._free_all(lease)
-        if id(sequence.request) in self._left:  # the prompt was computed, and nobody else settles it
-            self._left.discard(id(sequence.request))
-            self.policy.settle(sequence, used=True)
 
     def begin_copy(self, kv: KVCache, source: NDArray[np.int32], target: NDArray[np.int32]) -> Callable[[], None]:
         """Blocks of `kv` are to be copied to blocks of this pool: all are kept until what is returned is called."""

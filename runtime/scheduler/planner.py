@@ -131,11 +131,16 @@ class Planner:
         return np.flatnonzero(table.is_in(RowState.DECODE) & (table.launched < table.max_outputs))
 
     def _preempt_last(self) -> bool:
-        """Take the blocks of the row whose turn is last; False if only rows in transit could free any."""
+        """Take the blocks of the row whose turn is last, if none are free by now; False if only rows in transit could
+        free any."""
         candidates = self._in_turn(RowState.PREFILL, RowState.DECODE)
         candidates = candidates[self._table.num_blocks[candidates] > 0]
         if len(candidates) <= 1:
-            if len(candidates) and not self._leases_in_transit():
+            if not len(candidates) or self._leases_in_transit():
+                return False
+            if self._kv.available():
+                return True  # given back by another thread meanwhile
+            if not self._leases_in_transit():  # nor was anything granted meanwhile
                 raise KVCacheError("one sequence alone fills the KV pool: raise kv_cache.max_tokens")
             return False
         self.preempt(int(candidates[-1]))

@@ -29,6 +29,23 @@ def test_a_preempted_prompt_of_several_choices_leaves_nothing_that_another_seque
     b.check_nothing_leaks()
 
 
+def test_blocks_that_come_back_just_before_a_row_alone_would_fail_are_taken(bench, null_tokens):
+    b = bench(blocks=4, block_size=4)
+    elsewhere = [b.kv.allocate(2)]
+
+    def in_transit():  # asked after no block could be had: another thread takes a lease back at this moment
+        while elsewhere:
+            b.kv.release(elsewhere.pop())
+        return False
+
+    b.worker.planner._leases_in_transit = in_transit
+    alone = b.sequence([1] * 6, 9)
+    b.offer(alone)
+    b.run(limit=100)
+    assert alone.choices[0].output_tokens == null_tokens(6, 9)
+    b.check_nothing_leaks()
+
+
 def test_who_waits_behind_a_preempted_row_is_let_in_when_that_goes_on(bench):
     b = bench(blocks=8, block_size=4)
     short, long, behind = b.sequence([1] * 4, 16), b.sequence([2] * 4, 28), b.sequence([3] * 4, 2)
