@@ -246,6 +246,8 @@ class SchedulerConfig(Config):
     `tpot_slo_ms` is the longest that a step with decoding rows is to take: it gets the most prompt, in whole KV blocks,
     with which that holds by an estimate that follows the measured steps (`time_share`: the mean over a turn; without
     decoding rows, `max_step_tokens`). Where no block fits, one step in four takes one all the same.
+    `preemption` says what becomes of the KV of a sequence that gives way when blocks run out: `recompute` drops it,
+    `swap` keeps it in DDR until its turn comes again.
 
     `isolation` `process` runs the model of each worker in a process of its own: if it dies, or a step takes more than
     `step_timeout_s` (None: 120; 0: any time), another one is started and computes again what was under way.
@@ -265,6 +267,7 @@ class SchedulerConfig(Config):
     max_overtakes: Positive | None = None
     prefill_workers: Positive = 1
     decode_workers: Positive = 1
+    preemption: Literal["recompute", "swap"] = "recompute"
     isolation: Isolated = Isolation.THREAD
     step_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     max_batch_size: Positive = 64
@@ -396,6 +399,12 @@ class SageLLMConfig(Config):
             "kv_cache.enable_tiering with scheduler.isolation process",
             "write scheduler.isolation: thread",
         )
+        if self.scheduler.preemption == "swap":
+            if not self.kv_cache.tier_tokens[0]:
+                raise ValueError("scheduler.preemption swap keeps KV in DDR: give kv_cache.enable_tiering, ddr_tokens")
+            _refuse(
+                self.scheduler.mode is SchedulerMode.STRICT, "scheduler.preemption swap in mode strict", "use recompute"
+            )
         caches = self.kv_cache.enable_prefix_caching and self.kv_cache.enable_cross_request_sharing
         if self.scheduler.policy is SchedulerPolicy.LONGEST_PREFIX and not caches:
             raise ValueError(

@@ -20,6 +20,7 @@ from .flow.groups import lone_error_unwrapped
 from .scheduler.lease import LeaseBook
 from .scheduler.pin_book import PinBook
 from .scheduler.policies import make_scheduler_policy
+from .scheduler.swap import Swap
 from .scheduler.timeouts import Timeouts
 from .scheduler.waiting import WaitingQueue
 
@@ -180,7 +181,10 @@ class EngineServices:
         executors, leases = self.executors, self.leases  # executors first: they refuse what does not fit
         self.tiers  # noqa: B018 - built on first use
         if isinstance(leases, LeaseBook):
-            return self._make_worker(Worker, executors[0], leases)
+            worker = self._make_worker(Worker, executors[0], leases)
+            if self.tiers is not None and self.config.scheduler.preemption == "swap":
+                worker.planner.swap = Swap(self.tiers)
+            return worker
         count = len(leases.prefill)
         prefill = [self._make_worker(PrefillWorker, *pair) for pair in zip(executors, leases.prefill, strict=False)]
         for worker in prefill:

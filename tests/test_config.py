@@ -111,6 +111,12 @@ def test_tiers_that_cannot_be(asked, problem):
         KVCacheConfig(**asked)
 
 
+def test_swap_needs_a_tier():
+    with pytest.raises(ValidationError, match="swap keeps KV in DDR: give kv_cache.enable_tiering, ddr_tokens"):
+        SageLLMConfig(scheduler={"preemption": "swap"})
+    assert SageLLMConfig(scheduler={"preemption": "swap"}, kv_cache={**TIERING, "ddr_tokens": 4096})
+
+
 def test_the_sizes_of_tiers(tmp_path):
     assert KVCacheConfig().tier_tokens == (0, 0)
     assert KVCacheConfig(**TIERING, ddr_tokens=4096, granularity="token").tier_tokens == (4096, 0)

@@ -81,6 +81,10 @@ class Fetch:
         self.attempts = MAX_ATTEMPTS
         self.run: _Run | None = None
 
+    @property
+    def is_under_way(self) -> bool:
+        return self.run is not None and not self.run.is_over
+
 
 class Fetcher:
     """Starts fetches on the thread that asks, copies on the copier's. What fails is a miss: it is computed instead."""
@@ -126,7 +130,7 @@ class Fetcher:
                     return True
                 fetch.attempts = 0
             fetch.run = None
-        return fetch.attempts > 0 and self._start(fetch)
+        return fetch.attempts > 0 and self._start(fetch) and fetch.is_under_way
 
     def deadline(self, fetch: Fetch) -> float:
         """When it is no longer waited for; infinity if it is not."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ...kv_runtime.cache import KVCache
     from ...records import Sequence
     from .slo import ChunkBudget
+    from .swap import Swap
     from .time_share import TimeShare
 
 
@@ -35,6 +36,7 @@ class Planner:
 
     `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them. By `rank` of
     their sequences, then by admission, prompts are computed and preempted rows resumed; the last by it is preempted.
+    With a `swap` its KV is kept there, else it is computed again.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Planner:
         self._copies: list[BlockCopy] = []
         self._copied: list[int] = []  # sources of the newest plan's copies, retained until it has been launched
         self.preemptions = 0
+        self.swap: Swap | None = None
 
     def add_copy(self, copy: BlockCopy) -> None:
         """Have a block copied at the start of the next step; the source stays retained until then."""
@@ -143,8 +146,17 @@ class Planner:
             if not self._leases_in_transit():  # nor was anything granted meanwhile
                 raise KVCacheError("one sequence alone fills the KV pool: raise kv_cache.max_tokens")
             return False
-        self.preempt(int(candidates[-1]))
+        last = int(candidates[-1])
+        if self.swap is not None:
+            self._swap_out(self.swap, last)
+        self.preempt(last)
         return True
+
+    def _swap_out(self, swap: Swap, slot: int) -> None:
+        row = self._table.rows[slot]
+        assert row is not None
+        computed = self._table.tokens(slot, int(self._table.computed[slot]))
+        swap.save(slot, computed, self._table.row_blocks(slot), namespace_of(row.owner.sequence))
 
     def _in_turn(self, *states: RowState) -> NDArray[np.int64]:
         """Slots in any of the states by rank, of equals the one admitted first."""
@@ -219,6 +231,9 @@ class Planner:
             self._drop_copies_into(blocks)
         self._kv.release(blocks)
         self._table.num_blocks[slots] = 0
+        if self.swap is not None:
+            for slot in slots:
+                self.swap.forget(slot)
 
     def _resume_preempted(self) -> None:
         """In turn, give preempted rows blocks for all their tokens and one more; stop at the first that waits."""
@@ -233,9 +248,14 @@ class Planner:
             sequence = row.owner.sequence
             # With prompt logprobs every prompt position must be computed again while they are still incomplete.
             reuse = sequence.sampling.prompt_logprobs is None or table.outputs_read[slot] > 0
-            match = self._kv.match(tokens, namespace_of(sequence), limit=target - 1 if reuse else 0, record=False)
+            limit, namespace = target - 1 if reuse else 0, namespace_of(sequence)
             forks = len(row.owner.slots) - 1 if not row.owner.decoding and target % table.block_size else 0
             needed = -(-(target + 1) // table.block_size) + forks
+            if self.swap is not None:
+                has_room = needed <= self._kv.available()
+                if self.swap.is_coming(slot, tokens, namespace, limit, has_room=has_room):
+                    return
+            match = self._kv.match(tokens, namespace, limit, record=False)
             fresh = self._kv.allocate(needed - match.tokens // table.block_size)
             if fresh is None and match.tokens % table.block_size:
                 # A partly covered block takes two while it is copied: a row that fills the pool goes without.
@@ -254,6 +274,8 @@ class Planner:
             table.set_blocks(slot, np.concatenate([match.blocks[:full], fresh]))
             table.computed[slot] = match.tokens
             table.state[slot] = RowState.PREFILL
+            if self.swap is not None:
+                self.swap.forget(slot)
 
     @property
     def has_preempted(self) -> bool:

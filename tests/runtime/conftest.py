@@ -18,6 +18,7 @@ from sageLLM.runtime.scheduler.handover import PairedLeases
 from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint, namespace_of
 from sageLLM.runtime.scheduler.pin_book import PinBook
 from sageLLM.runtime.scheduler.policies import make_scheduler_policy
+from sageLLM.runtime.scheduler.swap import Swap
 from sageLLM.runtime.scheduler.timeouts import Timeouts
 from sageLLM.runtime.scheduler.waiting import WaitingQueue
 from sageLLM.runtime.worker.disaggregated import DecodeWorker, DisaggregatedWorkers, PrefillWorker
@@ -32,7 +33,8 @@ class Bench:
     strict `executor` is a function that makes one for each worker; `seed` says in which order the workers take turns.
     With `slow_doors` sequences are on their way to a worker for a step or more; `uneven` lets a worker take several
     steps while another takes one.
-    `tiers` are the arguments of KVTiers below the first worker's pool; its copier takes turns in `run`, by `seed`.
+    `tiers` are the arguments of KVTiers below the first worker's pool; its copier takes turns in `run`, by `seed`;
+    with `swap` preempted rows go there.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Bench:
         stop_matcher=None,
         kv_cache=(),
         tiers=None,
+        swap=False,
         clock=time.monotonic,
         seed=0,
         slow_doors=False,
@@ -109,6 +112,8 @@ class Bench:
             books[0].fetcher = self.tiers.fetcher
             executors[0].before_step = self.tiers.flush
             self.tiers.fetcher.on_fetched.append(self.tell)
+            if swap and not strict:
+                self.worker.planner.swap = Swap(self.tiers)
         self.commit = commit
         self.slow_doors = slow_doors
         self.uneven = uneven

@@ -46,6 +46,31 @@ def test_the_lowest_priority_and_the_latest_deadline_give_way_though_they_are_ol
     b.check_nothing_leaks()
 
 
+def test_a_row_that_ends_while_it_is_swapped_out_leaves_nothing(recorded):  # noqa: F811
+    b, _ = recorded(blocks=6, block_size=4, tiers={"host_blocks": 8}, swap=True)
+    old, new = two_that_do_not_fit(b)
+    b.offer(old, new)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    while not b.worker.preemptions:
+        b.worker.step()
+    assert b.worker.planner.swap._kept
+    b.worker.cancel([new.request])
+    assert b.run() == [new, old]
+    assert not b.worker.planner.swap._kept
+    b.check_nothing_leaks()
+
+
+def test_what_was_swapped_out_is_not_computed_again(recorded):  # noqa: F811
+    b, plans = recorded(blocks=6, block_size=4, tiers={"host_blocks": 8}, swap=True)
+    old, new = two_that_do_not_fit(b)
+    b.offer(old, new)
+    assert b.run() == [old, new]
+    assert b.worker.preemptions == 1
+    assert lost_their_blocks(plans) == []
+    assert max(len(chunk.tokens) for plan in plans for chunk in plan.chunks if chunk.start) <= 5
+    b.check_nothing_leaks()
+
+
 def test_the_tenant_that_has_most_gives_way(recorded):  # noqa: F811
     b, plans = recorded(blocks=12, block_size=4, policy="fair_share", commit=False)
     sequences = [b.sequence([n] * 8, 12, tenant=t) for n, t in enumerate(("heavy", "heavy", "light"), start=1)]

@@ -177,6 +177,7 @@ def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None
         slow_doors=data.draw(st.booleans(), label="slow doors"),
         seed=data.draw(st.integers(0, 99), label="order of the workers"),
         tiers=tiers and dict(tiers, demote=(0.5, 0.2)),
+        swap=data.draw(st.booleans(), label="swap"),
         nvme=folder if in_files else None,
         tier_unit=data.draw(st.sampled_from(KVGranularity), label="unit of tiers") if tiers else None,
         **data.draw(st.sampled_from(MODES), label="mode"),
@@ -233,6 +234,26 @@ def test_a_pool_too_small_for_all_preempts_and_tells_the_same(bench, loaded, ora
     assert b.worker.preemptions > 0
     for sequence in sequences:
         assert sequence.choices[0].output_tokens == oracle(sequence.prompt_tokens.tolist(), 24)
+
+
+@pytest.mark.parametrize("host_blocks", [64, 5])
+@pytest.mark.parametrize("stumble", [None, "read", "write"])
+def test_rows_that_are_swapped_tell_the_same(bench, loaded, oracle, monkeypatch, host_blocks, stumble):
+    """Whether there is room for them or not, and if their copies fail."""
+    b = make_bench(bench, loaded, blocks=20, tiers={"host_blocks": host_blocks}, swap=True, seed=host_blocks)
+    if stumble:
+        monkeypatch.setattr(b.executors[0].block_io, stumble, lambda *arguments: 1 / 0)
+    sequences = [b.sequence(prompt, max_new_tokens=24) for prompt in PROMPTS[4:]]
+    b.offer(*sequences)
+    b.run()
+    b.close()
+    assert b.worker.preemptions > 0
+    for sequence in sequences:
+        assert sequence.choices[0].output_tokens == oracle(sequence.prompt_tokens.tolist(), 24)
+    stats = b.tiers.stats()
+    assert (stats.ddr_hit_tokens > 0) == (stumble is None and host_blocks == 64)
+    assert not b.worker.planner.swap._kept
+    b.check_nothing_leaks()
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(bench, loaded):
