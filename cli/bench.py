@@ -210,3 +210,33 @@ def kv_trace(trace: Path, sizes: tuple[int, ...], policies: tuple[str, ...]) -> 
             row = [f"{size or 'unlimited'}", policy, f"{result.hit_rate:.2%}", f"{result.saved_time:.2%}"]
             rows.append([*row, f"{result.lookups_per_second:.0f}"])
     click.echo(format_table(["blocks", "policy", "hit rate", "time saved", "lookups/s"], rows))
+
+
+@command.command("kv-tiers")
+@click.option("--shape", default="qwen2.5-0.5b", show_default=True, help="Dimensions of the random checkpoint.")
+@click.option("--tokens", default=16_384, show_default=True, type=click.IntRange(256), help="Tokens of the prefix.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0 is every core.")
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(1), help="Hits per tier; the median counts.")
+def kv_tiers(shape: str, tokens: int, threads: int, runs: int) -> None:
+    """The time to the first token of a long prompt: computed, and with its prefix in the pool, in DDR, in files."""
+    from ..benchmarks.kv_tiers import measure_kv_tiers
+    from ..benchmarks.measurement import format_table
+    from ..benchmarks.workloads import SHAPES
+
+    if shape not in SHAPES:
+        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    times = measure_kv_tiers(shape, tokens, threads, runs, lambda text: click.echo(text, err=True))
+    rows = [
+        [where, f"{seconds * 1000:.0f}", f"{times.recomputed / seconds:.1f}x"]
+        for where, seconds in (
+            ("computed", times.recomputed),
+            ("HBM", times.hbm),
+            ("DDR", times.ddr),
+            ("NVME, after a restart", times.nvme),
+        )
+    ]
+    click.echo(format_table(["prefix from", "TTFT ms", "faster"], rows))
+    parts = f"lookup {times.lookup_s * 1000:.1f} ms, names {times.naming_s * 1000:.1f} ms"
+    parts += f", saving what it displaces {times.saving_s * 1000:.0f} ms"
+    click.echo(f"prefix: {tokens} tokens, {times.prefix_bytes / 2**20:.0f} MiB")
+    click.echo(f"a miss costs {times.miss_share:.2%}: {parts}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from threading import Lock
 
     from .block_io import BlockIO
@@ -29,12 +30,14 @@ class Demotion:
         high: float,
         low: float,
         room: int,
+        clock: Callable[[], float],
     ) -> None:
         self._io = io
         self._host = host
         self._lock = lock
         self._files = files
         self._counters = counters
+        self._clock = clock
         # Where files hold less than host memory does, the rest of it stays unsaved.
         rest = max(0, host.capacity - files.capacity)
         most = host.capacity - min(room, host.capacity // 2)
@@ -45,10 +48,12 @@ class Demotion:
     def is_due(self) -> bool:
         return self._files.is_writable and self._host.num_unsaved > self._high
 
-    def run(self) -> None:
-        """Write until `low` is reached or nothing can be written; on the copier thread."""
+    def run(self, deadline: float = float("inf"), *, everything: bool = False) -> None:
+        """Write until `low` is reached, or `everything` is, or nothing can be written, or the time is over."""
         self._io.synchronize()
-        for _ in range(self._host.num_unsaved - self._low):
+        for _ in range(self._host.num_unsaved - (0 if everything else self._low)):
+            if self._clock() >= deadline:
+                return
             with self._lock:
                 block = self._host.coldest_unsaved()
                 if block is None or not self._files.is_writable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
@@ -205,8 +206,9 @@ class Fetcher:
                 fetch.run = run
                 fetch.attempts -= 1
                 self._counters.fetches += 1
-                self._submit(lambda: self._copy(run))
-                return True
+                with suppress(RuntimeError):  # the engine is being shut down
+                    self._submit(lambda: self._copy(run))
+                    return True
         self._let_go(run)
         return False
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sageLLM")
 
+PERSIST_S = 10.0  # how long closing may take
+
 
 class KVTiers:
     """DDR, `host_blocks` of it, and below it perhaps files: an extension of `kv`'s prefix tree, in whole blocks.
@@ -60,6 +62,7 @@ class KVTiers:
         self._files = files
         self._counters = TierCounters()
         self._io = io
+        self._clock = clock
         self._is_demoting = False
         self.write_back = WriteBack(io, self._host, self._lock, files, kv.block_size, self._counters)
         self.fetcher = Fetcher(
@@ -67,7 +70,7 @@ class KVTiers:
         )
         self._demotion = None
         if files is not None:
-            self._demotion = Demotion(io, self._host, self._lock, files, self._counters, *demote, kv.num_blocks)
+            self._demotion = Demotion(io, self._host, self._lock, files, self._counters, *demote, kv.num_blocks, clock)
             files.on_deleted = self._file_deleted
             self.write_back.on_unsaved = self._demote_soon
         kv.listen(self.write_back)
@@ -90,9 +93,28 @@ class KVTiers:
         self.write_back.release(kept)
 
     def close(self) -> None:
-        """Finish what is under way and end the copier's thread."""
+        """Finish what is under way, end the copier's thread, and write what files do not have yet, as time allows.
+
+        Nobody may use the pool any more.
+        """
+        self.write_back.on_unsaved = lambda: None
         if self._copier is not None:
             self._copier.shutdown()
+        if self._demotion is not None:
+            self._persist(self._demotion, self._clock() + PERSIST_S)
+
+    def _persist(self, demotion: Demotion, deadline: float) -> None:
+        held: list[Int32Array] = []
+        demotion.run(deadline, everything=True)
+        while (count := self._kv.available()) and self._clock() < deadline:
+            blocks = self._kv.allocate(min(count, self._kv.num_free + self._host.capacity))
+            if blocks is None:
+                break
+            held.append(blocks)  # what the tree gave up for them goes to files by way of DDR
+            self.flush()
+            demotion.run(deadline, everything=True)
+        for blocks in held:
+            self._kv.release(blocks)
 
     def _submit(self, job: Callable[[], None]) -> None:
         self._submit_job(lambda: _guarded(job))
