@@ -363,7 +363,12 @@ class BenchmarkConfig(Config):
 
 
 class SageLLMConfig(Config):
-    """Everything an engine needs; the same object a pipeline's `engine:` section becomes."""
+    """Everything an engine needs; the same object a pipeline's `engine:` section becomes.
+
+    With `inference_mode` PREFILL_ONLY each output ends with its first token; where there is a `kv_cache.nvme_path` the
+    prompt's KV, its whole blocks, is written there before that token is given out. DECODE_ONLY fetches it from there,
+    and what is missing is computed, or fails the request, as `scheduler.on_transfer_failure` says.
+    """
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     kv_cache: KVCacheConfig = Field(default_factory=KVCacheConfig)
@@ -375,14 +380,21 @@ class SageLLMConfig(Config):
     @model_validator(mode="after")
     def _available(self) -> SageLLMConfig:
         mode = self.inference_mode
-        _refuse(mode is not InferenceMode.STANDARD, f"inference_mode {mode.name}", "use STANDARD")
+        if mode is not InferenceMode.STANDARD:
+            strict = self.scheduler.mode is SchedulerMode.STRICT
+            _refuse(strict, f"inference_mode {mode.name} with scheduler.mode strict", "use mode hybrid")
+        if mode is InferenceMode.DECODE_ONLY and self.kv_cache.nvme_path is None:
+            raise ValueError("inference_mode DECODE_ONLY imports KV from files: give enable_tiering, nvme_path")
         if self.scheduler.mode is not SchedulerMode.STRICT:
             for moved, option in (
                 (
                     self.kv_cache.granularity is not KVGranularity.BLOCK and not self.kv_cache.enable_tiering,
                     "kv_cache.granularity",
                 ),
-                (self.scheduler.on_transfer_failure == "fail", "scheduler.on_transfer_failure"),
+                (
+                    self.scheduler.on_transfer_failure == "fail" and mode is InferenceMode.STANDARD,
+                    "scheduler.on_transfer_failure",
+                ),
             ):
                 if moved:
                     raise ValueError(f"{option} is for KV that moves between workers: write scheduler.mode: strict")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..config import InferenceMode
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.scheduler.lease import Lease, namespace_of
+
+if TYPE_CHECKING:
+    from ..kv_runtime.tiers import KVTiers
+    from ..records import Sequence
 
 _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
@@ -21,7 +26,8 @@ class KVCommit(Operator[KVCommitConfig]):
     """Enters each prompt's KV into the prefix tree as soon as it is computed, so that requests in flight share it.
 
     A prompt that a request pins stays there; one that it unpins may be evicted again. The output's KV follows when the
-    sequence ends, before its blocks go back to the pool.
+    sequence ends, before its blocks go back to the pool. With engine.inference_mode PREFILL_ONLY and files below the
+    pool, a prompt goes on when all of its whole blocks are in files.
 
     Guarantee: one record out for each record in, in order.
     """
@@ -44,6 +50,8 @@ class KVCommit(Operator[KVCommitConfig]):
         for sequence in computed:
             sequence.kv.commit_outputs = self.config.outputs
         engine.leases.commit(computed)
+        if engine.config.inference_mode is InferenceMode.PREFILL_ONLY and engine.tiers is not None:
+            await self._export(engine.tiers, computed)
         engine.pins.pinned(computed)
         for sequence in computed:
             if sequence.request.unpin:
@@ -51,3 +59,21 @@ class KVCommit(Operator[KVCommitConfig]):
                     kv.unpin(sequence.prompt_tokens, namespace_of(sequence))
         engine.worker.on_leases_returned()
         await out.send(records)
+
+    async def _export(self, tiers: KVTiers, computed: list[Sequence]) -> None:
+        engine = self.context.engine
+        if not tiers.has_files or not computed:
+            return
+        import numpy as np
+
+        runs = [(each.prompt_tokens, each.kv.blocks, namespace_of(each)) for each in computed]
+        held = np.concatenate([blocks for _, blocks, _ in runs])
+        engine.kv.retain(held)  # whatever becomes of the requests meanwhile
+        try:
+            missing = await engine.run_io(lambda: [tiers.export(*run) for run in runs])
+        finally:
+            engine.kv.release(held)
+        if engine.config.scheduler.on_transfer_failure == "fail":
+            for sequence, count in zip(computed, missing, strict=True):
+                if count:
+                    sequence.error = f"{count} KV blocks of the prompt could not be exported to kv_cache.nvme_path"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..config import InferenceMode
 from ..runtime.flow.operator import Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.scheduler.lease import PrefixHint, may_reuse, namespace_of
 
@@ -32,18 +34,21 @@ class KVLookup(Operator[OperatorConfig]):
     guarantee = "one record out for each record in, in order"
     example = "kv_lookup: {}"
 
-    @staticmethod
-    def _start_fetch(tiers: KVTiers, sequence: Sequence) -> None:
-        if may_reuse(sequence):
-            prompt = sequence.prompt_tokens
-            sequence.kv.fetch = tiers.wish(prompt, namespace_of(sequence), len(prompt) - 1)
-            tiers.fetcher.is_coming(sequence.kv.fetch)
-
     async def process(self, records: list[Any], out: Outlet) -> None:
         prompts = [(sequence.prompt_tokens, namespace_of(sequence)) for sequence in records]
         for sequence, cached in zip(records, self.context.engine.leases.count_cached(prompts), strict=True):
             sequence.kv = PrefixHint(cached)
-        if self.context.engine.tiers is not None:
-            for sequence in records:
-                self._start_fetch(self.context.engine.tiers, sequence)
+        engine = self.context.engine
+        if engine.tiers is not None:
+            await self._start_fetches(engine.tiers, [sequence for sequence in records if may_reuse(sequence)])
         await out.send(records)
+
+    async def _start_fetches(self, tiers: KVTiers, sequences: list[Sequence]) -> None:
+        engine = self.context.engine
+        for sequence in sequences:
+            prompt = sequence.prompt_tokens
+            sequence.kv.fetch = tiers.wish(prompt, namespace_of(sequence), len(prompt) - 1)
+        if engine.config.inference_mode is InferenceMode.DECODE_ONLY:
+            await engine.run_io(partial(tiers.discover, [sequence.kv.fetch for sequence in sequences]))
+        for sequence in sequences:
+            tiers.fetcher.is_coming(sequence.kv.fetch)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from pydantic import Field
 
+from ..config import InferenceMode
 from ..errors import RequestError
 from ..records import DeadLetter
 from ..runtime.flow.mailbox import Mailbox
@@ -114,12 +115,33 @@ class Schedule(Operator[ScheduleConfig]):
             if not self.config.is_reached(self._waiting):
                 self._room.set()
             if passing:
-                await out.send(passing)
+                await self._pass_on(passing, out)
                 continue
             if self._ended and not len(self._waiting):
                 return
             with anyio.move_on_after(self._time_to_timeout()):
                 await self._returned.get()
+
+    async def _pass_on(self, sequences: list[Sequence], out: Outlet) -> None:
+        config = self.context.engine.config
+        if config.inference_mode is InferenceMode.DECODE_ONLY and config.scheduler.on_transfer_failure == "fail":
+            size = config.kv_cache.block_size
+            refused = [
+                DeadLetter(
+                    f"{missing} KV blocks of the prompt are not in kv_cache.nvme_path, or could not be fetched",
+                    src=sequence.request.src,
+                    request=sequence.request,
+                )
+                for sequence in sequences
+                if not sequence.ended
+                and (missing := (len(sequence.prompt_tokens) - 1) // size - sequence.prefix_hit_tokens // size) > 0
+            ]
+            if refused:
+                gone = {id(letter.request) for letter in refused}
+                sequences = [sequence for sequence in sequences if id(sequence.request) not in gone]
+                await out.reject(refused)  # which gives their leases back
+        if sequences:
+            await out.send(sequences)
 
     def _time_to_timeout(self) -> float | None:
         earliest = self._waiting.next_timeout()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from ..config import InferenceMode
 from ..errors import RequestError
 from ..records import DeadLetter, Request, SamplingParams, Sequence
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
@@ -103,6 +104,8 @@ class Tokenize(Operator[OperatorConfig]):
                 f"send at most {self._model.max_seq_len - 1}"
             )
         sampling = self._complete(request.sampling)
+        if self.context.engine.config.inference_mode is InferenceMode.PREFILL_ONLY:
+            room = 1
         if sampling.max_new_tokens > room:
             sampling = replace(sampling, max_new_tokens=room, min_tokens=min(sampling.min_tokens, room))
         eos_token_ids = () if sampling.ignore_eos else self._model.generation.eos_token_ids

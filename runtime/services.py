@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import anyio
 
-from ..config import Isolation, SchedulerMode
+from ..config import InferenceMode, Isolation, SchedulerMode
 from ..errors import ConfigError, EngineClosedError
 from ..kv_runtime.cache import KVCache
 from ..kv_runtime.eviction import make_eviction_policy
@@ -158,12 +158,17 @@ class EngineServices:
         from .tiers import build_tiers
 
         executor = cast("PooledExecutor", self.executors[0])  # the configuration refuses processes
-        cost = None if self.is_null else self.step_cost
+        always = self.is_null or self.config.inference_mode is not InferenceMode.STANDARD
+        cost = None if always else self.step_cost
         tiers = build_tiers(self.config.kv_cache, self.model, self.kv, executor, cost, self.clock)
         leases = self.leases if isinstance(self.leases, LeaseBook) else self.leases.prefill[0]
         leases.fetcher = tiers.fetcher
         tiers.fetcher.on_fetched.append(self._on_fetched)
         return tiers
+
+    async def run_io(self, job: Callable[[], Any]) -> Any:
+        """Run what waits for a disk on a thread; for the null model, whose KV has no bytes, here and now."""
+        return job() if self.is_null else await anyio.to_thread.run_sync(job)
 
     def _on_fetched(self) -> None:
         """Somebody may wait for it: a sequence for its lease, or a preempted row."""

@@ -111,6 +111,14 @@ def test_tiers_that_cannot_be(asked, problem):
         KVCacheConfig(**asked)
 
 
+def test_decode_only_needs_files(tmp_path):
+    with pytest.raises(ValidationError, match="DECODE_ONLY imports KV from files: give"):
+        SageLLMConfig(inference_mode="DECODE_ONLY")
+    files = {**TIERING, "nvme_tokens": 4096, "nvme_path": tmp_path}
+    for mode in ("decode_only", "PREFILL_ONLY"):
+        assert SageLLMConfig(inference_mode=mode, kv_cache=files, scheduler={"on_transfer_failure": "fail"})
+
+
 def test_swap_needs_a_tier():
     with pytest.raises(ValidationError, match="swap keeps KV in DDR: give kv_cache.enable_tiering, ddr_tokens"):
         SageLLMConfig(scheduler={"preemption": "swap"})
@@ -189,8 +197,11 @@ LATER = [
     (BackendConfig, {"tensor_parallel_size": 2}, "backend.tensor_parallel_size"),
     (BackendConfig, {"pipeline_parallel_size": 2}, "backend.pipeline_parallel_size"),
     (BenchmarkConfig, {"enable_profiling": True}, "benchmark.enable_profiling"),
-    (SageLLMConfig, {"inference_mode": "prefill_only"}, "inference_mode PREFILL_ONLY"),
-    (SageLLMConfig, {"inference_mode": "DECODE_ONLY"}, "inference_mode DECODE_ONLY"),
+    (
+        SageLLMConfig,
+        {"inference_mode": "prefill_only", "scheduler": {"mode": "strict"}},
+        "inference_mode PREFILL_ONLY with scheduler.mode strict",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from threading import get_ident
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -42,7 +43,7 @@ def write_block(path: Path, fingerprint: bytes, key: BlockKey, data: Bytes) -> N
         MAGIC, VERSION, len(key.tokens) // 4, data.nbytes, fingerprint, key.digest, key.parent, crc32(data.data)
     )
     check = _CHECK.pack(crc32(key.tokens, crc32(head)))
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.partial")
     try:
         with temporary.open("wb", buffering=0) as file:
             wanted = len(head) + len(check) + len(key.tokens) + data.nbytes

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ...errors import KVCacheError
 from .block_key import prefix_keys
 from .demotion import Demotion
+from .export import export_blocks
 from .fetch import Fetch, Fetcher
 from .host_tier import HostTier
 from .stats import TierCounters, TierStats
@@ -91,6 +92,27 @@ class KVTiers:
     def release(self, kept: list[HostBlock]) -> None:
         """They need not be kept any longer."""
         self.write_back.release(kept)
+
+    @property
+    def has_files(self) -> bool:
+        return self._files is not None
+
+    def export(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> int:
+        """Write the whole blocks of a computed run, which the caller owns, to files; return how many are missing there.
+
+        Takes as long as it takes: not for the flow's thread.
+        """
+        keys = prefix_keys(namespace, tokens, self._kv.block_size)
+        if self._files is None:
+            return len(keys)
+        return export_blocks(keys, blocks[: len(keys)], self._io, self._files, self._counters)
+
+    def discover(self, wishes: list[Fetch]) -> None:
+        """Look on the disk for what prompts wish: another process may have written it. Not for the flow's thread."""
+        files = self._files
+        if files is not None:
+            for wish in wishes:
+                all(map(files.discover, wish.keys))  # up to the first that is not there
 
     def close(self) -> None:
         """Finish what is under way, end the copier's thread, and write what files do not have yet, as time allows.

@@ -1,0 +1,126 @@
+"""PREFILL_ONLY and DECODE_ONLY: one engine computes prompts, another one goes on from their KV."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from sageLLM import GenerateRequest, SageLLMConfig, SageLLMEngine
+from sageLLM.records import Request, SamplingParams
+
+YAML = """\
+engine:
+  model: {model_id: builtin:pydoc-tiny, dtype: float32}
+  backend: {backend_type: cpu, threads: 1}
+  kv_cache: {max_tokens: 4096, enable_tiering: true, nvme_tokens: 65536, nvme_path: kv}
+operators:
+  read: {type: jsonl_source, path: in.jsonl}
+  tokenize: {}
+  kv_lookup: {}
+  schedule: {}
+  prefill: {}
+  kv_commit: {}
+  decode: {}
+  detokenize: {}
+  write: {type: jsonl_sink, path: "${output}"}
+  dead: {type: jsonl_sink, path: dead.jsonl}
+vars: {output: out.jsonl}
+edges:
+  - read -> tokenize -> kv_lookup -> schedule -> prefill -> kv_commit -> decode -> detokenize -> write
+  - "*.error -> dead"
+"""
+PROMPTS = ["What does heapq.heappush do? " * 8, "How do I sort a list? " * 9, "Hi"]
+
+
+@pytest.fixture
+def run_mode(tmp_path):
+    """`run_mode("decode_only", ...)` is `sagellm run` with that mode, in a process of its own: its lines."""
+    (tmp_path / "p.yaml").write_text(YAML)
+    lines = [{"prompt": prompt, "max_new_tokens": 12, "temperature": 0, "ignore_eos": True} for prompt in PROMPTS]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(mode, *settings):
+        command = [sys.executable, "-c", "from sageLLM.cli.main import main; main()", "run", "p.yaml", "--quiet"]
+        sets = (f"output={mode}.jsonl", f"engine.inference_mode={mode}", *settings)
+        subprocess.run(
+            [*command, *(part for each in sets for part in ("--set", each))], cwd=tmp_path, check=True, timeout=100
+        )
+        return [json.loads(line) for line in (tmp_path / f"{mode}.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def by_line(results):
+    return {result["src"]["line"]: result["output_tokens"] for result in results}
+
+
+def plain():
+    """What an ordinary engine says, by line."""
+    config = SageLLMConfig(model={"dtype": "float32"}, backend={"backend_type": "cpu", "threads": 1})
+    calls = [GenerateRequest(prompt=prompt, max_new_tokens=12, temperature=0.0, ignore_eos=True) for prompt in PROMPTS]
+    with SageLLMEngine(config) as engine:
+        return {line: output.output_tokens for line, output in enumerate(engine.generate(calls), 1)}
+
+
+def test_two_processes_tell_what_one_does(run_mode, tmp_path):
+    expected = plain()
+    prefilled = run_mode("prefill_only")
+    assert by_line(prefilled) == {line: tokens[:1] for line, tokens in expected.items()}
+    assert {result["finish_reason"] for result in prefilled} == {"length"}
+    assert len([*(tmp_path / "kv").rglob("*.kv")]) == sum(
+        result["usage"]["prompt_tokens"] // 16 for result in prefilled
+    )
+    decoded = run_mode("decode_only", "engine.scheduler.on_transfer_failure=fail")
+    assert by_line(decoded) == expected
+    for result in decoded:
+        assert result["metrics"]["prefix_hit_tokens"] == (result["usage"]["prompt_tokens"] - 1) // 16 * 16
+
+
+ENGINE = {"kv_cache": {"max_tokens": 256, "block_size": 4, "enable_tiering": True, "nvme_tokens": 4096}}
+
+
+@pytest.fixture
+def run_null(make_run, tmp_path):
+    def run(mode, on_failure="recompute"):
+        engine = {
+            **ENGINE,
+            "kv_cache": {**ENGINE["kv_cache"], "nvme_path": str(tmp_path / "kv")},
+            "inference_mode": mode,
+            "scheduler": {"on_transfer_failure": on_failure},
+        }
+        requests = [
+            Request(f"r{n}", prompt_tokens=[n] * 11, sampling=SamplingParams(max_new_tokens=5, temperature=0))
+            for n in range(4)
+        ]
+        return make_run(requests, engine)()
+
+    return run
+
+
+def test_what_is_missing_is_computed_or_fails_its_request(run_null, tmp_path):
+    run_null("prefill_only")
+    files = sorted((tmp_path / "kv").rglob("*.kv"))
+    assert len(files) == 8
+    files[3].write_bytes(b"torn")
+    assert run_null("decode_only").counts == {"accepted": 4, "done": 4}
+    shutil.rmtree(files[5].parent)
+    run = run_null("decode_only", "fail")
+    assert run.counts == {"accepted": 4, "done": 3, "error": 1} or run.counts == {"accepted": 4, "done": 2, "error": 2}
+    assert all("of the prompt are not in kv_cache.nvme_path" in letter.error for letter in run.letters.values())
+
+
+def test_nothing_is_given_out_that_was_not_written(run_null, monkeypatch):
+    from sageLLM.kv_runtime.tiers import block_file
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(block_file.os, "writev", full)
+    run = run_null("prefill_only", "fail")
+    assert run.counts == {"accepted": 4, "error": 4}
+    assert "2 KV blocks of the prompt could not be exported" in run.letters["r0"].error
+    assert run_null("prefill_only").counts == {"accepted": 4, "done": 4}
