@@ -154,6 +154,11 @@ class KVCacheConfig(Config):
     `ddr_tokens` and `nvme_tokens`, or `hbm_ratio`, `ddr_ratio` and `nvme_ratio`, the tiers' shares of all, which add
     up to 1. Without DDR, what goes to files is buffered in main memory, at most 256 blocks. KV is brought
     up only where that is estimated to be faster than to compute it.
+
+    DDR whose blocks are more than the share `demote_above` in no file has them written, the coldest first, until the
+    share is `demote_to`. With `enable_migration` the pool's blocks go to DDR by the same marks, before they are given
+    up, and while less than `promote_below` of the pool is used hot prefixes come up: those that prompts asked for
+    `hot_threshold` times a second. After `cold_timeout_s` seconds without, a block is cold.
     """
 
     max_tokens: Positive = 65536
@@ -172,18 +177,14 @@ class KVCacheConfig(Config):
     ttl_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_pinned_ratio: Ratio = 0.5
     enable_migration: bool = False
+    demote_above: Ratio = 0.9
+    demote_to: Ratio = 0.8
+    promote_below: Ratio = 0.5
     hot_threshold: Annotated[float, Field(gt=0)] = 1.0
     cold_timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
     @model_validator(mode="after")
     def _available(self) -> KVCacheConfig:
-        _refuse(self.enable_migration, "kv_cache.enable_migration", "leave it false")
-        changed = {"hot_threshold", "cold_timeout_s"} & self.model_fields_set
-        _refuse(
-            (self.hot_threshold, self.cold_timeout_s) != (1.0, 60.0),
-            f"kv_cache.{'/'.join(sorted(changed))}",
-            "it classifies blocks for migration: leave it out",
-        )
         if self.ttl_s and not (self.enable_prefix_caching and self.enable_cross_request_sharing):
             raise ValueError(f"ttl_s {self.ttl_s} is for prefixes, but none are cached: leave it out, or cache them")
         if self.max_tokens < self.block_size:
@@ -218,6 +219,27 @@ class KVCacheConfig(Config):
         if bool(nvme) != (self.nvme_path is not None):
             raise ValueError("nvme_path and nvme_tokens (or nvme_ratio) go together: give both, or neither")
         return self
+
+    @model_validator(mode="after")
+    def _migration(self) -> KVCacheConfig:
+        for switch, names in (
+            ("enable_migration", ("hot_threshold", "cold_timeout_s", "promote_below")),
+            ("enable_tiering", ("enable_migration", "demote_above", "demote_to")),
+        ):
+            for name in names:
+                if getattr(self, name) != type(self).model_fields[name].default and not getattr(self, switch):
+                    raise ValueError(f"{name} is for {switch}: true: write that, or leave it out")
+        if self.enable_migration and not self.tier_tokens[0]:
+            raise ValueError("enable_migration moves blocks between the pool and DDR: give ddr_tokens, or leave it out")
+        if not self.promote_below <= self.demote_to <= self.demote_above:
+            found = f"promote_below {self.promote_below}, demote_to {self.demote_to}, demote_above {self.demote_above}"
+            raise ValueError(f"found {found}: write them in ascending order")
+        return self
+
+    @property
+    def watermarks(self) -> tuple[float, float, float]:
+        """Shares at which blocks begin to move down, stop to, and stop to move up."""
+        return self.demote_above, self.demote_to, self.promote_below
 
     @property
     def tier_tokens(self) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from ..kv_runtime.tiers import FileTier, KVTiers
+from ..kv_runtime.tiers import FileTier, KVTiers, TemperatureClassifier, Watermarks
 from ..models.resolve import weights_digest
 from .memory import check_host_tier
 
@@ -44,9 +44,15 @@ def build_tiers(
     files = None
     if config.nvme_path is not None:
         files = FileTier(config.nvme_path, kv_fingerprint(model, io.layout, size), nvme, size, io.block_bytes)
-    demote = (0.9, 0.8) if ddr else (0.0, 0.0)
+    high, low, promote = config.watermarks
+    watermarks = Watermarks(high, low, promote) if ddr else Watermarks(0.0, 0.0, promote)
+    classifier = None
+    if config.enable_migration:
+        classifier = TemperatureClassifier(config.hot_threshold, config.cold_timeout_s, clock)
     submit = None if io.block_bytes else _at_once
-    tiers = KVTiers(kv, io, host_blocks, files, demote=demote, cost=cost, submit=submit, clock=clock)
+    tiers = KVTiers(
+        kv, io, host_blocks, files, watermarks=watermarks, classifier=classifier, cost=cost, submit=submit, clock=clock
+    )
     executor.before_step = tiers.flush
     return tiers
 

@@ -6,6 +6,20 @@ from .block_io import BlockIO, NoBytesIO
 from .fetch import Fetch, FetchCost, Fetcher
 from .file_tier import FileTier
 from .kv_tiers import KVTiers
+from .migration import Watermarks
 from .stats import TierStats
+from .temperature import Temperature, TemperatureClassifier
 
-__all__ = ["BlockIO", "Fetch", "FetchCost", "Fetcher", "FileTier", "KVTiers", "NoBytesIO", "TierStats"]
+__all__ = [
+    "BlockIO",
+    "Fetch",
+    "FetchCost",
+    "Fetcher",
+    "FileTier",
+    "KVTiers",
+    "NoBytesIO",
+    "Temperature",
+    "TemperatureClassifier",
+    "TierStats",
+    "Watermarks",
+]

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from .block_io import BlockIO
     from .file_tier import FileTier
     from .host_tier import HostTier
+    from .migration import Watermarks
     from .stats import TierCounters
 
 
 class Demotion:
-    """Writes the coldest unsaved blocks of host memory once they are more than `high` of its blocks, down to `low`.
+    """Writes the coldest unsaved blocks of host memory once they are more than the watermark allows.
 
     Not more than half of them are unsaved where the pool may give up as many, `room`, at once.
     """
@@ -27,8 +28,7 @@ class Demotion:
         lock: Lock,
         files: FileTier,
         counters: TierCounters,
-        high: float,
-        low: float,
+        watermarks: Watermarks,
         room: int,
         clock: Callable[[], float],
     ) -> None:
@@ -41,15 +41,15 @@ class Demotion:
         # Where files hold less than host memory does, the rest of it stays unsaved.
         rest = max(0, host.capacity - files.capacity)
         most = host.capacity - min(room, host.capacity // 2)
-        self._low = max(rest, min(most, int(low * host.capacity)))
-        self._high = max(self._low, min(most, int(high * host.capacity)))
+        self._low = max(rest, min(most, int(watermarks.low * host.capacity)))
+        self._high = max(self._low, min(most, int(watermarks.high * host.capacity)))
 
     @property
     def is_due(self) -> bool:
         return self._files.is_writable and self._host.num_unsaved > self._high
 
     def run(self, deadline: float = float("inf"), *, everything: bool = False) -> None:
-        """Write until `low` is reached, or `everything` is, or nothing can be written, or the time is over."""
+        """Write down to the low watermark, or `everything`, unless nothing can be written or the time is over."""
         self._io.synchronize()
         for _ in range(self._host.num_unsaved - (0 if everything else self._low)):
             if self._clock() >= deadline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .demotion import Demotion
 from .export import export_blocks
 from .fetch import Fetch, Fetcher
 from .host_tier import HostTier
+from .migration import Migration, Watermarks
 from .stats import TierCounters, TierStats
 from .write_back import WriteBack
 
@@ -27,12 +29,15 @@ if TYPE_CHECKING:
     from .fetch import FetchCost
     from .file_tier import FileTier
     from .host_tier import HostBlock
+    from .temperature import TemperatureClassifier
 
     Submit = Callable[[Callable[[], None]], object]
 
 log = logging.getLogger("sageLLM")
 
 PERSIST_S = 10.0  # how long closing may take
+MIGRATION_INTERVAL_S = 1.0
+DEFAULT_WATERMARKS = Watermarks()
 
 
 class KVTiers:
@@ -40,6 +45,7 @@ class KVTiers:
 
     What the tree gives up goes down, what a prompt wishes for comes up. Copies are made on one thread of its own, but
     for what is given up and not saved yet: that is copied by whoever is about to write to it, who calls `flush` first.
+    With a `classifier` blocks migrate ahead of need.
     Every method may be called from any thread. `submit` runs a job elsewhere, by default on that thread.
     """
 
@@ -51,7 +57,8 @@ class KVTiers:
         files: FileTier | None = None,
         *,
         cost: FetchCost | None = None,
-        demote: tuple[float, float] = (0.9, 0.8),
+        watermarks: Watermarks = DEFAULT_WATERMARKS,
+        classifier: TemperatureClassifier | None = None,
         submit: Submit | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,18 +78,38 @@ class KVTiers:
         )
         self._demotion = None
         if files is not None:
-            self._demotion = Demotion(io, self._host, self._lock, files, self._counters, *demote, kv.num_blocks, clock)
+            self._demotion = Demotion(
+                io, self._host, self._lock, files, self._counters, watermarks, kv.num_blocks, clock
+            )
             files.on_deleted = self._file_deleted
             self.write_back.on_unsaved = self._demote_soon
+        self.migration = None
+        self._next_pass = clock()
+        if classifier is not None:
+            self.migration = Migration(kv, self.write_back, self.fetcher, classifier, watermarks)
         kv.listen(self.write_back)
 
     def wish(self, tokens: Int32Array, namespace: Namespace, limit: int) -> Fetch:
         """Say that a prompt could use what lower tiers hold of its first `limit` tokens; `fetcher` starts it."""
-        return Fetch(tokens, namespace, limit, self._kv.block_size)
+        fetch = Fetch(tokens, namespace, limit, self._kv.block_size)
+        if self.migration is not None:
+            self.migration.classifier.access(fetch.keys)
+            self._migrate_in_time(self.migration)
+        return fetch
 
     def flush(self) -> None:
         """Save what the tree gave up so far. On return its blocks may be written to."""
         self.write_back.flush()
+        if self.migration is not None:
+            self._migrate_in_time(self.migration)
+
+    def _migrate_in_time(self, migration: Migration) -> None:
+        """Every second in which something happens, have the copier look at what lies where."""
+        now = self._clock()
+        if now >= self._next_pass:
+            self._next_pass = now + MIGRATION_INTERVAL_S
+            with suppress(RuntimeError):  # the engine is being shut down
+                self._submit(migration.run)
 
     def save(self, tokens: Int32Array, blocks: Int32Array, namespace: Namespace) -> list[HostBlock]:
         """Keep the whole blocks of a computed run until `release`, as many as fit, from the first on."""

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...errors import KVCacheError
 from ..block_hash import root_hash
 from .block_key import chain_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..node import Node
+    from ..cache import KVCache
+    from ..node import Namespace, Node
     from ..pool import Int32Array
     from .block_io import BlockIO
     from .block_key import BlockKey
@@ -45,20 +47,25 @@ class WriteBack:
         self._counters = counters
         self._pending: list[tuple[HostBlock, int]] = []
         self._flushing = Lock()
-        self._digests: dict[int, bytes] = {}  # of the tree's full blocks, by id: used under the cache's lock
+        self._keys: dict[int, BlockKey] = {}  # of the tree's full blocks, by id: changed under the cache's lock
+        self.namespaces: dict[bytes, Namespace] = {}  # by their root's hash
 
     # -- the tree's listener -----------------------------------------------------------------------------------------
 
     def stored(self, node: Node, start: int) -> None:
-        """Note the hashes of the blocks that are full by now: what comes after them is named by them."""
+        """Note the names of the blocks that are full by now: what comes after them is named by them."""
         for key, block in zip(*self._full_blocks(node, start), strict=True):
-            self._digests[block] = key.digest
+            self._keys[block] = key
 
     def removed(self, node: Node, start: int) -> None:
-        self._note(*self._full_blocks(node, start))
+        size = self._block_size
+        first, end, base = start // size, node.end // size, node.start // size
+        blocks = node.blocks[first - base : max(first, end) - base].tolist()
+        self._note([self._keys.pop(block) for block in blocks], blocks)
 
     def cleared(self) -> None:
         """What is forgotten on purpose, or has been lost, is not saved."""
+        self._keys.clear()
         with self._lock:
             pending, self._pending = self._pending, []
             for kept, _ in pending:
@@ -77,11 +84,12 @@ class WriteBack:
             runs.append(node.tokens[max(0, begin - node.start) :])
         while begin and node.start >= begin:  # to where the block before ends
             node = node.parent
-        parent = (
-            self._digests[node.blocks.item(first - 1 - node.start // size)]
-            if begin
-            else root_hash(node.root_namespace())
-        )
+        if begin:
+            parent = self._keys[node.blocks.item(first - 1 - node.start // size)].digest
+        else:
+            namespace = node.root_namespace()
+            parent = root_hash(namespace)
+            self.namespaces[parent] = namespace
         tokens = np.concatenate(runs[::-1])[: (end - first) * size]
         return chain_keys(parent, tokens, size), blocks
 
@@ -98,10 +106,13 @@ class WriteBack:
                     self._counters.lost_blocks += 1
 
     def _reserve(self, key: BlockKey, block: int) -> HostBlock | None:
-        room = self._host.reserve(key, is_saved=self._files is not None and key in self._files)
+        room = self._reserve_room(key)
         if room is not None:
             self._pending.append((room, block))
         return room
+
+    def _reserve_room(self, key: BlockKey) -> HostBlock | None:
+        return self._host.reserve(key, is_saved=self._files is not None and key in self._files)
 
     def save(self, keys: list[BlockKey], blocks: Int32Array) -> list[HostBlock]:
         """Keep these blocks, a prefix, in host memory until they are let go by `release`; as many as there is room for.
@@ -117,6 +128,33 @@ class WriteBack:
                 self._host.pin(saved)
                 kept.append(saved)
         return kept
+
+    def resident_digests(self) -> set[bytes]:
+        """The hashes of the full blocks that the tree has."""
+        return {key.digest for key in list(self._keys.values())}
+
+    def unsaved(self) -> tuple[list[tuple[int, BlockKey]], int]:
+        """The tree's full blocks that host memory does not have, each with its name; and how many it has in all."""
+        blocks = list(self._keys.items())
+        with self._lock:
+            return [(block, key) for block, key in blocks if self._host.find(key) is None], len(blocks)
+
+    def copy_down(self, kv: KVCache, wanted: list[tuple[int, BlockKey]]) -> None:
+        """Copy blocks that are still the tree's to host memory; on the copier's thread, while steps go on."""
+        held, pending = [], []
+        for block, key in wanted:
+            try:
+                kv.retain(np.array([block], np.int32))
+            except KVCacheError:  # given up meanwhile
+                continue
+            held.append(block)
+            if self._keys.get(block) == key:  # and nobody writes to it as long as it is held
+                with self._lock:
+                    if self._host.find(key) is None and (room := self._reserve_room(key)) is not None:
+                        pending.append((room, block))
+        if pending:
+            self._copy(pending)
+        kv.release(np.array(held, np.int32))
 
     def release(self, kept: list[HostBlock]) -> None:
         """Undo `save`."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sageLLM.config import ModelConfig
+from sageLLM.config import ModelConfig, SageLLMConfig
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.tokenizer import load_tokenizer
 from sageLLM.operators.tokenize import Tokenize
@@ -17,7 +17,7 @@ from sageLLM.records import Request, SamplingParams, SourcePosition
 
 def engine_of(model_id="builtin:null", **fields):
     model = resolve_model(ModelConfig(model_id=str(model_id), **fields))
-    return SimpleNamespace(model=model, tokenizer=load_tokenizer(model))
+    return SimpleNamespace(model=model, tokenizer=load_tokenizer(model), config=SageLLMConfig())
 
 
 @pytest.fixture

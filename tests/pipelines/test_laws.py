@@ -24,7 +24,8 @@ faults = st.dictionaries(
     max_size=3,
 )
 kv_caches = st.fixed_dictionaries({"max_tokens": st.sampled_from((64, 128, 512)), "block_size": st.just(4)})
-tiers = st.sampled_from(({}, {"enable_tiering": True, "ddr_tokens": 32}, {"enable_tiering": True, "ddr_tokens": 512}))
+tiers = st.sampled_from(({}, {"enable_tiering": True, "ddr_tokens": 32}, {"enable_tiering": True, "ddr_tokens": 512},
+                         {"enable_tiering": True, "ddr_tokens": 256, "enable_migration": True}))  # fmt: skip
 engines = st.fixed_dictionaries(
     {
         "kv_cache": st.builds(lambda kv_cache, tiers: kv_cache | tiers, kv_caches, tiers),

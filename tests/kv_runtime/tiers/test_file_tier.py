@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sageLLM.errors import KVCacheError
-from sageLLM.kv_runtime.tiers import FileTier, block_file
+from sageLLM.kv_runtime.tiers import FileTier, Watermarks, block_file
 from sageLLM.kv_runtime.tiers.block_key import prefix_keys
 
 ANYONE = ("", "")
@@ -231,7 +231,7 @@ def test_what_ddr_would_lose_goes_to_files_and_comes_up_from_there(bed, run, tmp
 
 
 def test_a_prefix_survives_a_restart(bed, run, tmp_path):
-    b = bed(blocks=8, host_blocks=8, files=(tmp_path, PRINT, 100), demote=(0.0, 0.0))
+    b = bed(blocks=8, host_blocks=8, files=(tmp_path, PRINT, 100), watermarks=Watermarks(0.0, 0.0))
     for name in (1, 2, 3):
         b.compute(run(name, 8))
     b.compute(run(4, 32))
@@ -242,7 +242,7 @@ def test_a_prefix_survives_a_restart(bed, run, tmp_path):
 
 
 def test_a_damaged_block_ends_a_fetch_and_what_came_before_it_is_kept(bed, run, tmp_path, caplog):
-    b = bed(blocks=8, host_blocks=8, files=(tmp_path, PRINT, 100), demote=(0.0, 0.0))
+    b = bed(blocks=8, host_blocks=8, files=(tmp_path, PRINT, 100), watermarks=Watermarks(0.0, 0.0))
     b.compute(run(1, 32))
     b.compute(run(2, 32))
     b.work()
@@ -258,7 +258,7 @@ def test_a_damaged_block_ends_a_fetch_and_what_came_before_it_is_kept(bed, run, 
 
 
 def test_a_full_disk_fails_nothing_else(bed, run, tmp_path, monkeypatch, caplog):
-    b = bed(blocks=8, host_blocks=16, files=(tmp_path, PRINT, 100), demote=(0.0, 0.0))
+    b = bed(blocks=8, host_blocks=16, files=(tmp_path, PRINT, 100), watermarks=Watermarks(0.0, 0.0))
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -9,6 +9,8 @@ import time
 import numpy as np
 import pytest
 
+from sageLLM.kv_runtime.tiers import Watermarks
+
 
 @pytest.fixture
 def busy_switching():
@@ -23,7 +25,7 @@ def busy_switching():
 @pytest.mark.parametrize("in_files", [False, True])
 def test_hammer(bed, tmp_path, host_blocks, in_files):
     files = (tmp_path, bytes(32), 40) if in_files else None
-    b = bed(blocks=24, host_blocks=host_blocks, files=files, thread=True, demote=(0.5, 0.2))
+    b = bed(blocks=24, host_blocks=host_blocks, files=files, thread=True, watermarks=Watermarks(0.5, 0.2))
     failures = []
 
     def work(me):

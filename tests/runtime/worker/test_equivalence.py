@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from sageLLM.backends import detect_backend
 from sageLLM.backends.cpu import AVX512Backend
 from sageLLM.config import BackendConfig, KVEviction, KVGranularity, ModelConfig, SchedulerPolicy
 from sageLLM.errors import RequestError
-from sageLLM.kv_runtime.tiers import FileTier
+from sageLLM.kv_runtime.tiers import FileTier, TemperatureClassifier, Watermarks
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
 from sageLLM.runtime.worker.sampling import SamplingState
@@ -154,6 +155,8 @@ def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None
     chance = random.Random(data.draw(st.integers(0, 99), label="when it is lost"))
     tiers = data.draw(st.sampled_from(TIERS), label="tiers")
     in_files = tiers is not None and data.draw(st.booleans(), label="nvme")
+    migrates = tiers is not None and data.draw(st.booleans(), label="migration")
+    classifier = TemperatureClassifier(0.1, 60.0, time.monotonic) if migrates else None
     b = make_bench(
         bench,
         loaded,
@@ -176,7 +179,7 @@ def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None
         losing=lambda inner: losing_executor(inner, forget, chance, often),
         slow_doors=data.draw(st.booleans(), label="slow doors"),
         seed=data.draw(st.integers(0, 99), label="order of the workers"),
-        tiers=tiers and dict(tiers, demote=(0.5, 0.2)),
+        tiers=tiers and dict(tiers, watermarks=Watermarks(0.5, 0.2), classifier=classifier),
         swap=data.draw(st.booleans(), label="swap"),
         nvme=folder if in_files else None,
         tier_unit=data.draw(st.sampled_from(KVGranularity), label="unit of tiers") if tiers else None,
@@ -208,7 +211,7 @@ def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None
 def test_what_comes_up_from_a_tier_tells_the_same(bench, loaded, oracle, tmp_path, granularity, in_files):
     """Round after round through a pool that holds one prompt; the files are another engine's, in the end."""
     for engine in range(2):
-        tiers = {"host_blocks": 4, "demote": (0.0, 0.0)} if in_files else {"host_blocks": 64}
+        tiers = {"host_blocks": 4, "watermarks": Watermarks(0.0, 0.0)} if in_files else {"host_blocks": 64}
         nvme = tmp_path if in_files else None
         b = make_bench(
             bench, loaded, blocks=20, max_batch_size=1, tier_unit=granularity, nvme=nvme, tiers=tiers, seed=engine
