@@ -278,7 +278,9 @@ class SchedulerConfig(Config):
     first token, `request_timeout_s` to the last; 0 is no limit. They hold for requests that somebody waits for (library
     calls, sockets), and each is a finish reason of its own. Lines of a file wait as long as it takes.
 
-    `policy` orders what waits. `tenant_weights`, for FAIR_SHARE, are the tenants' shares, 1 where none is given.
+    `policy` orders what waits. `tenant_weights`, for FAIR_SHARE, are the tenants' shares, 1 where none is given. There
+    who holds less than its share of `max_batch_size` gets a lease even if others hold them all, so up to twice as many
+    may; no step decodes more than `max_batch_size`.
     `max_overtakes`, for LONGEST_PREFIX and SHORTEST_JOB, is by how many later ones a sequence may be overtaken at most
     (None: 64).
     """
@@ -333,6 +335,11 @@ class SchedulerConfig(Config):
     def num_workers(self) -> int:
         """Step loops, each with a KV pool of its own."""
         return self.prefill_workers + self.decode_workers if self.mode is SchedulerMode.STRICT else 1
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences that may hold a lease on one worker."""
+        return self.max_batch_size * (2 if self.policy is SchedulerPolicy.FAIR_SHARE else 1)
 
     @property
     def time_shares(self) -> tuple[int, int] | None:

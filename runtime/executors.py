@@ -29,7 +29,7 @@ def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend
         ConfigError: the slots or the KV pools do not fit into memory, or a device cannot be had.
     """
     scheduler, kv = config.scheduler, config.kv_cache
-    check_slots(scheduler.max_batch_size, model.architecture.max_seq_len, kv.block_size, scheduler.num_workers)
+    check_slots(scheduler.num_slots, model.architecture.max_seq_len, kv.block_size, scheduler.num_workers)
     if backend is None:
         _refuse_device(config.backend)
         check_kv_pool(kv, 0, memory_bytes()[0], scheduler.num_workers)
@@ -54,7 +54,7 @@ def start_processes(config: SageLLMConfig, model: ResolvedModel) -> list[RemoteE
     from .worker.process.remote_executor import RemoteExecutor
 
     scheduler, max_seq_len = config.scheduler, model.architecture.max_seq_len
-    check_slots(scheduler.max_batch_size, max_seq_len, config.kv_cache.block_size, scheduler.num_workers)
+    check_slots(scheduler.num_slots, max_seq_len, config.kv_cache.block_size, scheduler.num_workers)
     processes = [RemoteExecutor(config, worker) for worker in range(scheduler.num_workers)]
     try:
         for process in processes:
@@ -89,7 +89,7 @@ def make_lone_executor(
 def _make_null(config: SageLLMConfig) -> Executor:
     from .worker.executor import NullExecutor
 
-    return NullExecutor(config.scheduler.max_batch_size)
+    return NullExecutor(config.scheduler.num_slots)
 
 
 def _detect(config: BackendConfig, device: int) -> Backend:
@@ -120,7 +120,7 @@ def _make_executor(
         backend,
         kv.max_tokens // kv.block_size,
         kv.block_size,
-        scheduler.max_batch_size,
+        scheduler.num_slots,
         unit,
         scheduler.transfer_timeout_s,
         kv.granularity,

@@ -94,7 +94,7 @@ class EngineServices:
     @cached_property
     def leases(self) -> LeaseBook | PairedLeases:
         scheduler = self.config.scheduler
-        slots, size = scheduler.max_batch_size, self.config.kv_cache.block_size
+        slots, size = scheduler.num_slots, self.config.kv_cache.block_size
         policy = make_scheduler_policy(scheduler, lambda prompts: self.leases.count_cached(prompts, touch=False))
         if scheduler.mode is not SchedulerMode.STRICT:
             return LeaseBook(self.kv, slots, size, policy)

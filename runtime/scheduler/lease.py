@@ -109,8 +109,9 @@ class LeaseBook:
             RequestError: more choices than slots, or more tokens than the whole KV pool.
         """
         sampling = sequence.sampling
-        if sampling.n > self.num_slots:
-            raise RequestError(f"n={sampling.n} is more than scheduler.max_batch_size={self.num_slots}")
+        most = min(self.num_slots, self.policy.max_slots)
+        if sampling.n > most:
+            raise RequestError(f"n={sampling.n} is more than scheduler.max_batch_size={most:g}")
         blocks = self.max_blocks(sequence)
         if blocks > self.kv.num_blocks:
             raise RequestError(

@@ -7,10 +7,11 @@ from collections import deque
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import chain, takewhile
+from math import inf
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
-from ...config import SchedulerPolicy
+from ...config import SchedulerMode, SchedulerPolicy
 from ...errors import RequestError
 from .lease import may_reuse, namespace_of
 
@@ -30,6 +31,8 @@ _OUTPUT_PRICE = 2  # what an output token counts in prompt tokens, as in VTC
 
 class Policy(Protocol):
     """Keeps the sequences that wait. `rank` and `settle` may be called from any thread, the rest from the flow's."""
+
+    max_slots: float  # that one sequence may ever get
 
     def __len__(self) -> int: ...
 
@@ -77,7 +80,12 @@ def make_scheduler_policy(config: SchedulerConfig, count_cached: CountCached) ->
         case SchedulerPolicy.LONGEST_PREFIX:
             return LongestPrefix(max_overtakes, count_cached)
         case SchedulerPolicy.FAIR_SHARE:
-            return FairShare(config.tenant_weights)
+            workers = (
+                config.num_workers
+                if config.mode is not SchedulerMode.STRICT
+                else min(config.prefill_workers, config.decode_workers)
+            )
+            return FairShare(config.max_batch_size, workers, config.tenant_weights)
 
 
 def check_heeded(request: Request, policy: SchedulerPolicy) -> None:
@@ -94,6 +102,8 @@ def check_heeded(request: Request, policy: SchedulerPolicy) -> None:
 
 class FirstComeFirstServed:
     """In order of arrival."""
+
+    max_slots = inf
 
     def __init__(self) -> None:
         self._waiting: deque[Sequence] = deque()
@@ -208,6 +218,9 @@ class _Account:
 
     served: float  # divided by the tenant's weight
     promised: int = 0  # for the leases that are out: the prompt and all the output that there may be
+    slots: int = 0  # of those leases
+    granted_prompts: int = 0  # tokens of the prompts of all leases so far
+    settled_prompts: int = 0  # of those that came back
     remembered: bool = False  # listed to be forgotten once the level has come up to it
 
 
@@ -220,17 +233,25 @@ class FairShare:
     so that who waits on is not passed by new tenants for ever. When KV blocks run out the tenant that has most gives
     way.
 
+    A tenant that holds less than its share of all slots gets one even if others hold them all: `workers` with
+    `max_batch_size` each are shared, and there are twice as many. So a flood makes nobody wait until it is done with a
+    slot; those who hold more wait until the sum is below the bound again.
+
     These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
     Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.
     """
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
+    def __init__(self, max_batch_size: int, workers: int, weights: Mapping[str, float]) -> None:
+        self.max_slots: float = max_batch_size
+        self._shared_slots = max_batch_size * workers
+        self._slots = 0  # of all leases
         self._weights = weights
         self._queues: dict[str, FirstComeFirstServed] = {}  # of the tenants that wait
         self._accounts: dict[str, _Account] = {}
         self._level = 0.0  # at least what the tenant of the latest grant had been served
         self._remembered: list[tuple[float, str]] = []  # a heap, by what they had been served then
         self._present_weight = 0.0  # of the tenants that wait or have leases out
+        self._before: dict[int, int] = {}  # granted_prompts at the grant, by id of the sequence
         self._lock = Lock()  # around the accounts, the level and which tenants wait
 
     def __len__(self) -> int:
@@ -253,14 +274,19 @@ class FairShare:
     def in_order(self) -> Iterator[Sequence]:
         turns = {tenant: iter(queue) for tenant, queue in self._queues.items()}
         had = {tenant: self._had(tenant) for tenant in turns}
+        slots = {tenant: self._accounts[tenant].slots for tenant in turns}
+        free = self._shared_slots - self._slots
         while turns:
             tenant = min(turns, key=had.__getitem__)
             sequence = next(turns[tenant], None)
-            if sequence is None:
+            count = 0 if sequence is None else sequence.sampling.n
+            if sequence is None or (count > free and slots[tenant] + count > self._share(tenant)):
                 del turns[tenant]
-            else:
-                yield sequence
-                had[tenant] += _promise(sequence) / self._weight(tenant)
+                continue
+            yield sequence
+            free -= count
+            slots[tenant] += count
+            had[tenant] += _promise(sequence) / self._weight(tenant)
 
     def remove(self, sequences: list[Sequence]) -> None:
         by_tenant: dict[str, list[Sequence]] = {}
@@ -274,13 +300,21 @@ class FairShare:
                     self._leave_if_done(tenant)
 
     def rank(self, sequence: Sequence) -> float:
-        return self._had(sequence.request.tenant)
+        """What the tenant has been served, and the prompts of its leases before this one."""
+        tenant = sequence.request.tenant
+        account = self._accounts[tenant]
+        ahead = max(0, self._before.get(id(sequence), 0) - account.settled_prompts)
+        return account.served + ahead / self._weight(tenant)
 
     def charge(self, sequence: Sequence) -> None:
         with self._lock:
             account = self._accounts[sequence.request.tenant]
             self._raise_level(account.served)
             account.promised += _promise(sequence)
+            account.slots += sequence.sampling.n
+            self._slots += sequence.sampling.n
+            self._before[id(sequence)] = account.granted_prompts
+            account.granted_prompts += len(sequence.prompt_tokens)
 
     def settle(self, sequence: Sequence, used: bool) -> None:
         tenant = sequence.request.tenant
@@ -294,6 +328,10 @@ class FairShare:
                 self._raise_level(self._level + cost / max(self._present_weight, weight))  # the sum is a rounded one
             if not self._queues:  # what anybody was served now is at nobody's expense
                 self._raise_level(account.served)
+            account.slots -= sequence.sampling.n
+            self._slots -= sequence.sampling.n
+            self._before.pop(id(sequence), None)
+            account.settled_prompts += len(sequence.prompt_tokens)
             account.promised -= _promise(sequence)  # last: until then nobody forgets the account
             self._leave_if_done(tenant)
 
@@ -322,6 +360,11 @@ class FairShare:
             account.remembered = False
             if not account.promised and tenant not in self._queues:
                 self._forget_or_remember(tenant, account)
+
+    def _share(self, tenant: str) -> float:
+        """Of the slots, among the tenants that are here."""
+        weight = self._weight(tenant)
+        return self._shared_slots * weight / max(self._present_weight, weight)
 
     def _had(self, tenant: str) -> float:
         account = self._accounts[tenant]

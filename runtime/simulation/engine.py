@@ -99,7 +99,7 @@ class SimulatedEngine:
     ) -> None:
         if config.kv_cache.enable_tiering:
             raise ConfigError("kv_cache.enable_tiering: tiers are not simulated; leave it out")
-        slots, layers = config.scheduler.max_batch_size, target.model.architecture.num_layers
+        slots, layers = config.scheduler.num_slots, target.model.architecture.num_layers
         self.executors = [
             SimulatedExecutor(slots, layers, target.times, time, output_token)
             for _ in range(config.scheduler.num_workers)

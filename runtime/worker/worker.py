@@ -78,7 +78,7 @@ class Worker:
         self._clock = clock
         self._timeouts = Timeouts.of(scheduler)
         self._depth = 2 if scheduler.launch_ahead else 1
-        self._table = ResidentTable(scheduler.max_batch_size, max_seq_len, leases.block_size)
+        self._table = ResidentTable(scheduler.num_slots, max_seq_len, leases.block_size)
         self._chunk_budget = make_chunk_budget(scheduler, step_cost, leases.block_size)
         self._busy_since = 0.0  # since when the device has been at the oldest step that is unread
         self.planner = Planner(
@@ -86,7 +86,7 @@ class Worker:
             kv,
             max_step_tokens,
             scheduler.max_prefill_batch,
-            scheduler.max_decode_batch,
+            min(scheduler.max_decode_batch, scheduler.max_batch_size),
             rank=leases.policy.rank,
             on_preempted=self._forget_on_device,
             leases_in_transit=self._leases_in_transit,

@@ -65,7 +65,7 @@ class Bench:
         ]
         self.kv = self.kvs[0]
         policy = make_scheduler_policy(config, lambda prompts: self.leases.count_cached(prompts, touch=False))
-        slots = config.max_batch_size
+        slots = config.num_slots
         strict = config.mode is SchedulerMode.STRICT
         if strict:
             self.leases = PairedLeases.over(self.kvs, config.prefill_workers, slots, block_size, policy)
