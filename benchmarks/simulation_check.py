@@ -110,7 +110,7 @@ async def _measure(config: SageLLMConfig, target: Target, trace: TraceReplay) ->
     services = EngineServices(pipeline.engine)
     if target.device not in ("cpu", "cuda"):
         services.model, services.backend_name = target.model, target.device
-        services.executors = [_PacedExecutor(target, config.scheduler.max_batch_size)]
+        services.executors = [_PacedExecutor(target, config.scheduler.num_slots)]
     services.load()
     flow = assemble(pipeline, services)
     async with services.running(), anyio.create_task_group() as tasks:
