@@ -168,6 +168,27 @@ def plan(running: int, waiting: int, steps: int, policies: tuple[str, ...]) -> N
     click.echo(format_table(header, rows))
 
 
+@command.command("radix")
+@click.option(
+    "--blocks", default=1_000_000, show_default=True, type=click.IntRange(1), help="Of 16 tokens, in the pool."
+)
+@click.option("--tokens", default=32_768, show_default=True, type=click.IntRange(3), help="Of each prompt.")
+@click.option("--repeats", default=200, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--eviction", default="lru", show_default=True, type=click.Choice(["lru", "lfu", "cost"], case_sensitive=False)
+)
+def radix(blocks: int, tokens: int, repeats: int, eviction: str) -> None:
+    """What a lookup, an insert and an eviction take in a prefix tree that fills its pool."""
+    from ..benchmarks.measurement import format_table
+    from ..benchmarks.radix import measure_radix
+    from ..config import KVEviction
+
+    if blocks * 16 < 2 * tokens:
+        raise click.UsageError(f"{blocks} blocks of 16 do not hold two prompts of {tokens} tokens: give more of them")
+    times = measure_radix(blocks, tokens, KVEviction(eviction), repeats)
+    click.echo(format_table(["", "median ms", "p99", "longest"], times.rows()))
+
+
 @command.command("kv-trace")
 @click.option(
     "--trace",

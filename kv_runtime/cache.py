@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..errors import KVCacheError
+from .block_times import BlockTimes, BlockWatch
 from .eviction import LRUEviction
 from .expiry import Expiry
+from .integrity import check_tree
 from .pool import NO_BLOCKS, BlockPool
 from .radix_tree import RadixTree
 
@@ -129,7 +131,8 @@ class KVCache:
         self.shares_prefixes = enable_prefix_caching and share_across_requests
         self.generation = 0  # grows when the contents of the pool are lost
         self._pool = BlockPool(num_blocks)
-        self._tree = RadixTree(self._pool, block_size, policy or LRUEviction(), Expiry(ttl_s, clock) if ttl_s else None)
+        expiry, watch = Expiry(ttl_s, clock) if ttl_s else None, BlockWatch(block_size, clock)
+        self._tree = RadixTree(self._pool, block_size, policy or LRUEviction(), expiry, watch)
         self._expires = ttl_s > 0
         self._lock = threading.Lock()
         self._queries = self._queried_tokens = self._hits = self._hit_tokens = 0
@@ -349,6 +352,11 @@ class KVCache:
                 total_blocks=self.num_blocks,
             )
 
+    def block_times(self) -> BlockTimes:
+        """Return how long blocks lived, rested and waited so far, in seconds by `clock`."""
+        with self._lock:
+            return BlockTimes.merged([self._tree.watch.times])
+
     def clear(self) -> None:
         """Forget every prefix, pinned or not. Blocks without an owner become free; the others stay with theirs."""
         with self._lock:
@@ -370,7 +378,7 @@ class KVCache:
         """
         with self._lock:
             self._pool.check()
-            self._tree.check()
+            check_tree(self._tree)
             if owners is None:
                 return
             held = self._tree.pins.counts.astype(np.int64)

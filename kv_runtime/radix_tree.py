@@ -31,6 +31,7 @@ from .pool import NO_BLOCKS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .block_times import BlockWatch
     from .eviction import EvictionPolicy
     from .expiry import Expiry
     from .listener import CacheListener
@@ -52,13 +53,16 @@ def _joined(arrays: list[Int32Array]) -> Int32Array:
 class RadixTree:
     """Prefixes per namespace; see the module's docstring. Not thread-safe."""
 
-    def __init__(self, pool: BlockPool, block_size: int, policy: EvictionPolicy, expiry: Expiry | None) -> None:
+    def __init__(
+        self, pool: BlockPool, block_size: int, policy: EvictionPolicy, expiry: Expiry | None, watch: BlockWatch
+    ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._roots: dict[Namespace, Node] = {}
         self._policy = policy
         self._expiry = expiry
-        self.listeners: list[CacheListener] = []
+        self.watch = watch
+        self.listeners: list[CacheListener] = [watch]
         self.pins = Pins(pool, block_size)
         self._parked: OrderedDict[int, list[Node]] = OrderedDict()
         self._entered: list[Int32Array] = []  # blocks whose references the pool does not know of
@@ -100,6 +104,7 @@ class RadixTree:
         self._split_unused(path, position)
         if hit:
             self._policy.hit(path)
+            self.watch.used(path)
         else:
             self._policy.touch(path)
         if self._expiry:
@@ -314,6 +319,7 @@ class RadixTree:
         upper.hits, upper.used_at, upper.pins = node.hits, node.used_at, node.pins
         if node.pins and position % size:
             self.pins.own(upper.blocks[-1:])
+        self.watch.split(node, upper)
         return upper
 
     def _extend(self, leaf: Node, tokens: Int32Array, blocks: Int32Array) -> None:
@@ -384,51 +390,3 @@ class RadixTree:
             if node.namespace is None:
                 yield node
             waiting.extend(node.children.values())
-
-    def check(self) -> None:
-        """Verify the structure, the references, the policy's list and the order of expiry.
-
-        Raises:
-            KVCacheError: naming the first thing that is wrong.
-        """
-        held = np.zeros(self._pool.num_blocks, dtype=np.int64)
-        self._policy.check()
-        self.pins.check(self.nodes())
-        if self._expiry:
-            self._expiry.check([*self.nodes()])
-        policy_list, listed, parked = self._policy.listed, 0, 0
-        for namespace, root in self._roots.items():
-            if not root.children or root.namespace != namespace:
-                raise KVCacheError(f"the root of namespace {namespace} is empty or is that of {root.namespace}")
-        for node in self.nodes():
-            self._check_node(node)
-            np.add.at(held, node.blocks, 1)
-            if node in policy_list:
-                listed += 1
-            elif not node.children and not node.pins:
-                parked += 1
-                if node not in self._parked.get(node.parked_on, ()) or node.blocks.item(-1) != node.parked_on:
-                    raise KVCacheError(f"leaf {node} is neither listed for eviction nor parked on its last block")
-                if not self._pool.owners.counts[node.parked_on]:
-                    raise KVCacheError(f"leaf {node} waits for block {node.parked_on}, which nobody owns")
-        if listed != len(policy_list) or parked != sum(map(len, self._parked.values())):
-            raise KVCacheError("the policy's list or the parked leaves hold a node that is not in the tree")
-        wrong = held != self._pool.tree.counts
-        if wrong.any():
-            block = int(wrong.argmax())
-            counted = self._pool.tree.counts[block]
-            raise KVCacheError(f"block {block} is in {held[block]} tree nodes, but {counted} references are counted")
-
-    def _check_node(self, node: Node) -> None:
-        parent, size = node.parent, self._block_size
-        problem = None
-        if parent.end != node.start:
-            problem = "does not begin where its parent ends"
-        elif node.end <= node.start or node.tokens.size != node.end - node.start:
-            problem = f"holds {node.tokens.size} tokens"
-        elif parent.children.get(node.tokens.item(0)) is not node:
-            problem = "is not its parent's child under its first token"
-        elif node.blocks.size != (node.end - 1) // size - node.start // size + 1:
-            problem = f"holds {node.blocks.size} blocks of {size} tokens"
-        if problem:
-            raise KVCacheError(f"tree node {node} {problem}")

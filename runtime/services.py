@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..backends.base import Backend
     from ..config import SageLLMConfig
     from ..graph.pipeline import Pipeline
+    from ..kv_runtime.block_times import BlockTimes
     from ..kv_runtime.tiers import KVTiers
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
@@ -320,6 +321,14 @@ class EngineServices:
         if "worker" in self.__dict__:
             self.worker.reclaim(requests)
 
+    def block_times(self) -> BlockTimes | None:
+        """How long cached KV blocks lived, rested and waited, on all workers; None before there are any."""
+        from ..kv_runtime.block_times import BlockTimes
+
+        if "kv_caches" not in self.__dict__:
+            return None
+        return BlockTimes.merged(kv.block_times() for kv in self.kv_caches)
+
     def get_stats(self) -> dict[str, Any]:
         """Counters of what has been built so far."""
         stats: dict[str, Any] = {}
@@ -346,6 +355,16 @@ class EngineServices:
             }
         if "tiers" in self.__dict__ and self.tiers is not None:
             stats["kv_tiers"] = asdict(self.tiers.stats())
+        if times := self.block_times():
+            stats["kv_cache"] |= {
+                f"block_{name}_s": {
+                    "count": each.count,
+                    "mean": each.mean,
+                    "p50": each.quantile(0.5),
+                    "p99": each.quantile(0.99),
+                }
+                for name, each in zip(times._fields, times, strict=True)
+            }
         if "worker" in self.__dict__:
             stats["worker"] = {
                 "steps": self.worker.steps,

@@ -162,6 +162,14 @@ def test_a_pinned_prompt_is_kept_until_it_is_unpinned(engine):
         engine.generate(ask(prompt, 1, pin=True, unpin=True))
 
 
+def test_stats_tell_how_long_blocks_rest(engine):
+    for _ in range(10):
+        engine.generate(ask([9] * 33, 1))
+    gap = engine.get_stats()["kv_cache"]["block_reuse_gap_s"]
+    assert set(gap) == {"count", "mean", "p50", "p99"}
+    assert set(engine.get_stats()["kv_cache"]) >= {"block_lifetime_s", "block_idle_before_evict_s"}
+
+
 def test_calls_from_many_threads_are_batched(engine, greedy):
     outputs = {}
 

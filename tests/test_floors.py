@@ -15,7 +15,7 @@ import sageLLM
 ROOT = Path(sageLLM.__file__).parent
 
 FLOORS = [
-    {"errors", "config", "records"},
+    {"errors", "config", "records", "histogram"},
     {"backends", "accel"},
     {"models", "kv_runtime"},
     {"graph"},

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sageLLM.histogram import Histogram
 from sageLLM.operators import metrics as module
-from sageLLM.operators.histogram import Histogram
 from sageLLM.operators.metrics import Metrics
 from sageLLM.records import DeadLetter, FinishReason, Request, SamplingParams, Sequence, TokenDelta
 

@@ -77,9 +77,18 @@ def test_a_slow_reader_loses_events_and_holds_up_nobody(make_run, make_requests,
     assert sum(event.lost or 1 for event in run.events) == run.events[-1].seq + 1
 
 
+def test_metrics_tell_how_long_blocks_live(make_run, make_requests, small_engine):
+    run = make_run(make_requests(30), small_engine)()
+    text = run.flow.operators["metrics"].expose()
+    for name in ("lifetime", "idle_before_evict", "reuse_gap"):
+        (count,) = [line for line in text.splitlines() if line.startswith(f"sagellm:kv_block_{name}_seconds_count ")]
+        assert int(count.split()[1]) > 0
+    assert run.services.get_stats()["kv_cache"]["block_lifetime_s"]["count"] > 0
+
+
 def test_unwired_nobody_listens(make_run, make_requests):
     run = make_run(make_requests(5))()
-    assert not run.services.kv._tree.listeners
+    assert run.services.kv._tree.listeners == [run.services.kv._tree.watch]
 
 
 def test_the_drawing_names_the_port_and_a_wrong_target_is_told(tmp_path):

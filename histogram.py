@@ -41,6 +41,13 @@ class Histogram:
         if len(self._pending) >= _PENDING:
             self._fold()
 
+    def add(self, other: Histogram) -> None:
+        """Count everything that `other`, of the same bounds, has counted."""
+        for ours, theirs in zip(self._fold(), other._fold(), strict=True):
+            ours += theirs
+        self._sum += other._sum
+        self._maximum = max(self._maximum, other._maximum)
+
     @property
     def count(self) -> int:
         buckets, _ = self._fold()
@@ -68,6 +75,10 @@ class Histogram:
             return 0.0
         index = int(seen.searchsorted(max(1, math.ceil(q * int(seen[-1]))))) - _BINS_TO_ONE
         return min(float(2 * _GAMMA**index / (1 + _GAMMA)), self._maximum)
+
+    def summary(self) -> dict[str, float]:
+        """A few figures: how many values, their mean, median and 99th percentile."""
+        return {"count": self.count, "mean": self.mean, "p50": self.quantile(0.5), "p99": self.quantile(0.99)}
 
     def expose(self, name: str) -> list[str]:
         """The samples of Prometheus' text format."""
