@@ -278,7 +278,7 @@ class KVEventKind(StrEnum):
 
     STORED = "stored"  # may be reused from now on
     REMOVED = "removed"  # evicted or expired
-    MOVED = "moved"  # to another tier, where it may still be reused
+    MOVED = "moved"  # copied to another tier, from where it may be reused
     CLEARED = "cleared"  # everything was removed
     LOST = "lost"  # events that nobody read in time
 
@@ -288,7 +288,8 @@ class KVEvent:
     """A change of the prefix cache, in whole KV blocks, which belongs to no request.
 
     `block_hashes` names the blocks from token `start` of a prefix on, each by all tokens up to its end (see
-    `kv_runtime.block_hashes`); `parent_hash` is that of the block before. Only what is stored has them and `tokens`.
+    `kv_runtime.block_hashes`); `parent_hash` is that of the block before. Only what is stored has it and `tokens`; of
+    other tiers than hbm only the names are told.
     """
 
     kind: KVEventKind

@@ -33,6 +33,7 @@ class _Noted(NamedTuple):
     parent: bytes = b""
     digests: tuple[bytes, ...] = ()
     tokens: Int32Array = NO_TOKENS
+    tier: str = "hbm"
 
     @property
     def weight(self) -> int:
@@ -42,8 +43,8 @@ class _Noted(NamedTuple):
 class KVEventLog:
     """A listener of one cache that keeps what it hears until it is read: of the oldest no more than `max_blocks`.
 
-    `wake` is called after each event, under the cache's lock, from any thread. What was not read in time is lost, and
-    the next event that is read says how many that were. A block of a prefix that ends inside it makes no event until
+    `wake` is called after each event, perhaps under the cache's lock, from any thread. What was not read in time is
+    lost, and the next event that is read says how many that were. A block of a prefix that ends inside it makes no event until
     it is full. Costs a hash per stored block.
     """
 
@@ -84,6 +85,14 @@ class KVEventLog:
     def cleared(self) -> None:
         self._note(KVEventKind.CLEARED, _NO_ONE, 0, b"", [], NO_TOKENS)
 
+    def moved(self, digests: list[bytes], tier: str) -> None:
+        """These full blocks are in `tier` now, too."""
+        self._note(KVEventKind.MOVED, _NO_ONE, 0, b"", digests, NO_TOKENS, tier)
+
+    def dropped(self, digests: list[bytes], tier: str) -> None:
+        """They are no longer in that lower tier."""
+        self._note(KVEventKind.REMOVED, _NO_ONE, 0, b"", digests, NO_TOKENS, tier)
+
     def _full_blocks(self, node: Node, start: int) -> tuple[list[int], int]:
         """The blocks whose last token is one of the node's from `start` on, and the index of the first of them."""
         first, end, offset = start // self._block_size, node.end // self._block_size, node.start // self._block_size
@@ -113,9 +122,10 @@ class KVEventLog:
         parent: bytes,
         digests: list[bytes],
         tokens: Int32Array,
+        tier: str = "hbm",
     ) -> None:
         with self._lock:
-            noted = _Noted(kind, self._seq, time.time(), namespace, start, parent, tuple(digests), tokens)
+            noted = _Noted(kind, self._seq, time.time(), namespace, start, parent, tuple(digests), tokens, tier)
             self._seq += 1
             self._waiting.append(noted)
             self._waiting_blocks += noted.weight
@@ -146,6 +156,7 @@ class KVEventLog:
                 block_hashes=[digest.hex() for digest in noted.digests],
                 tokens=noted.tokens,
                 block_size=self._block_size,
+                tier=noted.tier,
                 worker=self._worker,
             )
             for noted in waiting

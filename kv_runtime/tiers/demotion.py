@@ -38,6 +38,7 @@ class Demotion:
         self._files = files
         self._counters = counters
         self._clock = clock
+        self.on_written: Callable[[bytes], None] = lambda digest: None
         # Where files hold less than host memory does, the rest of it stays unsaved.
         rest = max(0, host.capacity - files.capacity)
         most = host.capacity - min(room, host.capacity // 2)
@@ -65,3 +66,5 @@ class Demotion:
                     self._host.mark_saved(block)
                     self._counters.bytes_to_files += self._io.block_bytes
                 self._host.unpin(block)
+            if done:
+                self.on_written(block.key.digest)

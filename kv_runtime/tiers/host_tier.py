@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from .block_io import Bytes
     from .block_key import BlockKey
@@ -39,6 +39,7 @@ class HostTier:
         self._free = list(range(self.capacity - 1, -1, -1))
         self._saved: OrderedDict[bytes, HostBlock] = OrderedDict()  # unpinned ones, the coldest first
         self._unsaved: OrderedDict[bytes, HostBlock] = OrderedDict()
+        self.on_forgotten: Callable[[bytes], None] = lambda digest: None
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -124,6 +125,7 @@ class HostTier:
     def _forget(self, block: HostBlock) -> None:
         del self._order(block)[block.key.digest]
         del self._blocks[block.key.digest]
+        self.on_forgotten(block.key.digest)
 
     def blocks(self) -> Iterator[HostBlock]:
         """Every block, in no order that matters."""

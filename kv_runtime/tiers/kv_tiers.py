@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..cache import KVCache
+    from ..events import KVEventLog
     from ..node import Namespace
     from ..pool import Int32Array
     from .block_io import BlockIO
@@ -72,6 +73,7 @@ class KVTiers:
         self._io = io
         self._clock = clock
         self._is_demoting = False
+        self._on_file_deleted: Callable[[bytes], None] = lambda digest: None
         self.write_back = WriteBack(io, self._host, self._lock, files, kv.block_size, self._counters)
         self.fetcher = Fetcher(
             kv, io, self._host, self._lock, files, self._counters, self.write_back.flush, self._submit, cost, clock
@@ -88,6 +90,14 @@ class KVTiers:
         if classifier is not None:
             self.migration = Migration(kv, self.write_back, self.fetcher, classifier, watermarks)
         kv.listen(self.write_back)
+
+    def listen(self, log: KVEventLog) -> None:
+        """Tell `log` from now on what goes to lower tiers and what is dropped there."""
+        self.write_back.on_saved = lambda digests: log.moved(digests, "ddr")
+        self._host.on_forgotten = lambda digest: log.dropped([digest], "ddr")
+        if self._demotion is not None:
+            self._demotion.on_written = lambda digest: log.moved([digest], "nvme")
+        self._on_file_deleted = lambda digest: log.dropped([digest], "nvme")
 
     def wish(self, tokens: Int32Array, namespace: Namespace, limit: int) -> Fetch:
         """Say that a prompt could use what lower tiers hold of its first `limit` tokens; `fetcher` starts it."""
@@ -185,6 +195,7 @@ class KVTiers:
         self._demotion.run()
 
     def _file_deleted(self, digest: bytes) -> None:
+        self._on_file_deleted(digest)
         with self._lock:
             self._host.mark_unsaved(digest)
 

@@ -32,13 +32,14 @@ class WriteBack:
 
     `removed` only notes them, under the cache's lock. Whoever is about to write to blocks of the pool calls `flush`
     first: the device thread before each step, the copier before it brings blocks up.
-    `on_unsaved` is told when host memory holds blocks that are to go on to files.
+    `on_saved` is told which blocks host memory has got, `on_unsaved` when it holds some that are to go on to files.
     """
 
     def __init__(
         self, io: BlockIO, host: HostTier, lock: Lock, files: FileTier | None, block_size: int, counters: TierCounters
     ) -> None:
         self.on_unsaved: Callable[[], None] = lambda: None
+        self.on_saved: Callable[[list[bytes]], None] = lambda digests: None
         self._io = io
         self._host = host
         self._lock = lock  # of `host` and of what is pending
@@ -185,6 +186,7 @@ class WriteBack:
                 self._host.unpin(kept)
         if copied:
             self._counters.bytes_to_host += len(pending) * self._io.block_bytes
+            self.on_saved([kept.key.digest for kept, _ in pending])
         else:
             self._counters.lost_blocks += len(pending)
         self.on_unsaved()

@@ -63,6 +63,8 @@ def kv_event_fields(event: KVEvent) -> dict[str, Any]:
         return {**fields, "lost": event.lost}
     if event.kind is KVEventKind.CLEARED:
         return fields
+    if event.tier != "hbm":
+        return {**fields, "tier": event.tier, "block_hashes": event.block_hashes}
     fields |= {"tenant": event.tenant, "tier": event.tier, "start": event.start, "block_hashes": event.block_hashes}
     if event.kind is KVEventKind.STORED and event.tokens is not None:
         fields |= {"parent_hash": event.parent_hash, "block_size": event.block_size, "tokens": event.tokens.tolist()}

@@ -244,6 +244,8 @@ def cached_by_events(events):
     cached = set()
     assert [event.seq for event in events] == [*range(len(events))]
     for event in events:
+        if event.tier != "hbm":
+            continue
         blocks = {(event.tenant, name) for name in event.block_hashes}
         if event.kind == "stored":
             assert not blocks & cached

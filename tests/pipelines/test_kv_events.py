@@ -68,6 +68,22 @@ def test_what_is_evicted_is_told_too(make_run, make_requests, small_engine):
     assert {event.kind.value for event in run.events} == {"stored", "removed"}
 
 
+def test_lower_tiers_tell_what_they_get_and_drop(make_run, make_requests, small_engine):
+    tiers = {"enable_tiering": True, "ddr_tokens": 128}
+    engine = {**small_engine, "kv_cache": {"max_tokens": 96, "block_size": 4, **tiers}}
+    run = make_run(make_requests(40), engine, events=[])()
+    kept, told = set(), set()
+    for event in run.events:
+        if event.tier == "ddr":
+            told.add(event.kind.value)
+            names = set(event.block_hashes)
+            assert names.isdisjoint(kept) if event.kind == "moved" else names <= kept
+            kept ^= names
+    assert told == {"moved", "removed"}
+    # what was given up after the last step is copied by the checks that follow the run, when nobody reads any more
+    assert kept <= {block.key.digest.hex() for block in run.services.tiers._host.blocks()}
+
+
 def test_a_slow_reader_loses_events_and_holds_up_nobody(make_run, make_requests, small_engine):
     operators = {"decode": {"max_event_blocks": 3}, "watch": {"buffer": 1}}
     run = make_run(make_requests(30), small_engine, operators, events=[], watch_every_s=5)()
