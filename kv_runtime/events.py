@@ -44,8 +44,8 @@ class KVEventLog:
     """A listener of one cache that keeps what it hears until it is read: of the oldest no more than `max_blocks`.
 
     `wake` is called after each event, perhaps under the cache's lock, from any thread. What was not read in time is
-    lost, and the next event that is read says how many that were. A block of a prefix that ends inside it makes no event until
-    it is full. Costs a hash per stored block.
+    lost, and the next event that is read says how many that were. A block of a prefix that ends inside it makes no
+    event until it is full. Costs a hash per stored block.
     """
 
     def __init__(self, num_blocks: int, block_size: int, max_blocks: int, worker: int = 0) -> None:

@@ -136,7 +136,7 @@ def test_set_changes_vars_and_keys(shell):
         (["nothing.yaml"], "nothing.yaml:1:1: cannot be read: No such file or directory"),
         (["answers.yaml", "--set", "operators.decode.bufer=3"], "did you mean 'buffer'?"),
         (["answers.yaml", "--set", "inputs=x"], "did you mean 'input'?"),
-        (["answers.yaml", "--set", "engine.scheduler.mode=strict"], "not available yet"),
+        (["answers.yaml", "--set", "engine.model.quantization=int4"], "not available yet"),
         (["answers.yaml", "--set", "input=absent.jsonl"], "absent.jsonl"),
         (["answers.yaml", "--allow-module", "absent_module"], "absent_module"),
     ],
