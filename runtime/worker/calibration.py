@@ -123,12 +123,18 @@ def measure_rates(
     try:
         probe = StepProbe(loaded)
         steps = SyntheticSteps(executor, blocks, BLOCK_SIZE, max(ROWS), loaded.vocab_size)
-        watch = _Watch(executor, probe, steps, ModelWork(architecture, None, loaded.kv_dtype.itemsize))
+        work = ModelWork(architecture, None, loaded.kv_dtype.itemsize)
+        watch = _Watch(executor, probe, steps, work, runs_behind(backend))
         shapes = [shape for shape in step_shapes(architecture) if steps.fits(shape)]
         watch.run(shapes, budget_s)
     finally:
         executor.close()
     return fit_rates(*watch.tell(), measure_links(backend, nvme_folder))
+
+
+def runs_behind(backend: Backend) -> bool:
+    """Whether the device computes while the host goes on."""
+    return backend.device.type != "cpu"
 
 
 def step_shapes(architecture: DecoderConfig) -> Iterator[StepShape]:
@@ -158,7 +164,10 @@ class _Watch:
     A long step meets every disturbance in proportion; so does a mean, which a median or a minimum of short steps does
     not."""
 
-    def __init__(self, executor: TorchExecutor, probe: StepProbe, steps: SyntheticSteps, work: ModelWork) -> None:
+    def __init__(
+        self, executor: TorchExecutor, probe: StepProbe, steps: SyntheticSteps, work: ModelWork, runs_behind: bool
+    ) -> None:
+        self._runs_behind = runs_behind
         self._executor = executor
         self._probe = probe
         self._steps = steps
@@ -192,7 +201,7 @@ class _Watch:
         probe = self._probe
         seconds = self._time(shape)
         told, counts, scale = probe.seconds.copy(), probe.counts.copy(), 1.0
-        if probe.device.type != "cpu":
+        if self._runs_behind:
             # Waiting for each part took time of its own: keep the parts' shares, and the whole step's time without.
             probe.stopped = True
             seconds = self._time(shape)

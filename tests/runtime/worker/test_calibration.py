@@ -52,6 +52,23 @@ def test_every_kind_and_path_is_measured_once_and_found_again(model, small, monk
         calibration.load_rates(model, backend)
 
 
+def test_a_device_that_runs_behind_is_measured_whole_and_in_parts(model, small, monkeypatch):
+    """On such a one waiting for each part would cost more than the part: the whole step without it counts."""
+    stopped = []
+
+    class Probe(StepProbe):
+        def mark(self, kind, rows, count=1):
+            stopped.append(self.stopped)
+            super().mark(kind, rows, count)
+
+    monkeypatch.setattr(calibration, "StepProbe", Probe)
+    monkeypatch.setattr(calibration, "runs_behind", lambda backend: True)
+    rates = calibration.load_rates(model, detect_backend(CPU), small / "kv")
+    assert set(stopped) == {False, True}
+    cost = StepCost(model.architecture, rates)
+    assert 0 < cost.step_seconds([10], [], []) < cost.step_seconds([10] * 8, [0], [64])
+
+
 def test_the_key_knows_what_changes_the_rates(model):
     from dataclasses import replace
 
