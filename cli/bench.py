@@ -189,6 +189,29 @@ def radix(blocks: int, tokens: int, repeats: int, eviction: str) -> None:
     click.echo(format_table(["", "median ms", "p99", "longest"], times.rows()))
 
 
+@command.command("isolation")
+@click.option("--model", "models", multiple=True, help="A model id; repeatable. Default: builtin:null, pydoc-tiny.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Rows that decode.")
+@click.option("--steps", default=200, show_default=True, type=click.IntRange(1), help="Steps of a round.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="CPU threads of the model.")
+def isolation(models: tuple[str, ...], batch: int, steps: int, threads: int) -> None:
+    """What a step costs more with scheduler.isolation: process, one step at a time and two launched at once."""
+    from ..benchmarks.isolation import measure_isolation
+    from ..benchmarks.measurement import format_table
+
+    rows = []
+    for model in models or ("builtin:null", "builtin:pydoc-tiny"):
+        for depth in (1, 2):
+            report = measure_isolation(model, batch, steps, threads, depth)
+            times = [f"{min(times):.0f}" for times in (report.thread_us, report.process_us)]
+            rows.append([model, f"{depth}", *times, f"{report.overhead_us:.0f}"])
+    header = ["model", "launched", "thread us", "process us", "more us"]
+    click.echo(
+        f"a step of {batch} decoding rows: the best of the rounds, and the median of what the process takes more"
+    )
+    click.echo(format_table(header, rows))
+
+
 @command.command("kv-trace")
 @click.option(
     "--trace",

@@ -115,7 +115,8 @@ def checkpoint_names() -> list[str]:
 class LosingExecutor:
     """An executor that is lost where `chance` says so: then `forget(inner)`, and in a few polls it is back.
 
-    `often` is the probability for each launch, result, poll and start. It is lost twice in a row at most.
+    `often` is the probability for each launch, result, poll and start. It is lost twice in a row at most, and nobody is
+    suspected of it.
     """
 
     def __init__(self, inner, forget, chance, often):
@@ -207,7 +208,10 @@ class _LosingHandle:
         return self._executor.take(self._handle)
 
 
-@pytest.fixture(scope="session")
-def losing_executor():
+@pytest.fixture
+def losing_executor(monkeypatch):
     """`losing_executor(inner, forget, chance, often)`: see LosingExecutor."""
+    from sageLLM.runtime.worker import losses
+
+    monkeypatch.setattr(losses, "MAX_LOSSES", 10**9)
     return LosingExecutor

@@ -40,6 +40,8 @@ class ResidentSequence:
     slots: list[int]
     decoding: bool = False  # handed to decode (else it still belongs to prefill)
     posted: bool = False  # given back by prefill, on its way to decode
+    losses: int = 0  # of the executor while it computed
+    lost_at: tuple[int, int] = (0, 0)  # the positions from where to where
 
 
 @dataclass(slots=True, eq=False)

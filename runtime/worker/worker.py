@@ -26,6 +26,7 @@ from ..scheduler.time_share import TimeShare
 from ..scheduler.timeouts import Timeouts
 from ..scheduler.waiting import end_unstarted
 from .collector import Collector
+from .losses import MAX_LOSSES, note_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from .executor import Executor, StepHandle
 
 log = logging.getLogger("sageLLM")
-
-_MAX_LOSSES = 3  # of the executor without a step in between
 
 
 class Worker:
@@ -259,9 +258,10 @@ class Worker:
             ExecutorLostError: that has happened too often in a row.
         """
         self._losses += 1
-        if self._losses >= _MAX_LOSSES:
+        if self._losses > MAX_LOSSES:
             raise ExecutorLostError(f"{error}; {self._losses} times without a step in between") from error
         log.warning("%s: %d sequences are computed again from where they were", error, len(self._resident))
+        deadly = note_loss([plan for plan, _ in self._unread], self._table)
         self._unread.clear()
         self._kv.lose()
         for owner in self._resident.values():
@@ -273,6 +273,9 @@ class Worker:
             if not owner.posted:
                 owner.lease.generation = self._kv.generation
         self.planner.lose_kv()
+        for owner in deadly:
+            owner.sequence.error = f"{error}; {owner.losses} times while this was computed"
+            self._end_sequence(owner, FinishReason.ERROR)
         self._leases.paused = self.planner.has_preempted
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:

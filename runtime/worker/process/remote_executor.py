@@ -104,6 +104,7 @@ class RemoteExecutor:
         self._connected: list[MappablePool | None] = []  # what the process has mapped of each
         self.pool = RemotePool()
         self._child: ChildProcess | None = None
+        self._end_child: Callable[[], Any] = lambda: None
         self._is_ready = False
         self._start()
 
@@ -135,7 +136,10 @@ class RemoteExecutor:
     def ready(self) -> bool:
         child = self._child
         if child is None:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:
+                self._lose(f"no other one can be started: {error}")
         elif self._is_ready:
             if child.has_ended:
                 self._lose(child.describe_end())

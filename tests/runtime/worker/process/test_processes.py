@@ -185,7 +185,7 @@ def test_one_that_dies_at_every_start_ends_the_requests_with_an_error(monkeypatc
         executor._task = {"model": {"model_id": "/nowhere"}}, 0
         for pid in processes_of(os.getpid()):
             os.kill(pid, signal.SIGKILL)
-        with pytest.raises(RequestError, match="no such folder; 3 times without a step in between"):
+        with pytest.raises(RequestError, match="no such folder; 4 times without a step in between"):
             engine.generate(GenerateRequest(prompt_tokens=[1, 2, 3], max_new_tokens=4))
 
 
