@@ -20,9 +20,12 @@ from sageLLM.errors import ConfigError, ExecutorLostError, RequestError
 from sageLLM.runtime.scheduler.plan import PromptChunk, StepPlan
 from sageLLM.runtime.worker.process.remote_executor import RemoteExecutor
 
+# A process may take long to start where tests run.
+PATIENT = {"isolation": "process", "queue_timeout_s": 0, "request_timeout_s": 0}
+
 
 def config(**scheduler):
-    return SageLLMConfig(model={"model_id": "builtin:null"}, scheduler={"isolation": "process", **scheduler})
+    return SageLLMConfig(model={"model_id": "builtin:null"}, scheduler={**PATIENT, **scheduler})
 
 
 def processes_of(parent):
