@@ -66,7 +66,7 @@ class PrefillWorker(Worker):
             row = self._table.rows[export.slot]
             if row is not None and self._table.epoch[export.slot] == export.epoch:
                 self._fail_handover(row.owner, str(error))
-        self._leases.paused = self.planner.has_preempted
+        self._pause_leases()
 
     def _fail_handover(self, owner: ResidentSequence, error: str) -> None:
         owner.sequence.error = f"its KV could not be handed over to decode: {error}"

@@ -195,14 +195,13 @@ class Worker:
             self._inbox.popleft()  # only now: what a failure leaves is answered by `abandon`
         self._end_overdue()
         if not self._is_ready():
-            self._leases.paused = self.planner.has_preempted
+            self._pause_leases()
             return False
         try:
             plan = self.planner.plan(len(self._unread))
         except MustReadFirst:
             return False
-        paused, self._leases.paused = self._leases.paused, self.planner.has_preempted
-        self._returned |= paused and not self._leases.paused
+        self._pause_leases()
         if plan is None:
             return False
         if not self._unread:
@@ -276,7 +275,12 @@ class Worker:
         for owner in deadly:
             owner.sequence.error = f"{error}; {owner.losses} times while this was computed"
             self._end_sequence(owner, FinishReason.ERROR)
-        self._leases.paused = self.planner.has_preempted
+        self._pause_leases()
+
+    def _pause_leases(self) -> None:
+        """While a row is preempted nobody is granted a lease; who waits is told when that is over."""
+        paused, self._leases.paused = self._leases.paused, self.planner.has_preempted
+        self._returned |= paused and not self._leases.paused
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         planned = {chunk.slot: chunk.epoch for chunk in plan.chunks}
