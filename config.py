@@ -431,21 +431,12 @@ class SageLLMConfig(Config):
             wanted = f"one, or {self.scheduler.num_workers}, one for each worker, those for prefill first"
             raise ValueError(f"backend.device_ids: found {self.backend.device_ids}, give {wanted}")
         _refuse(
-            self.kv_cache.enable_tiering and self.scheduler.prefill_workers > 1,
-            "kv_cache.enable_tiering with more than one prefill worker",
-            "write scheduler.prefill_workers: 1",
-        )
-        _refuse(
             self.kv_cache.enable_tiering and self.scheduler.isolation is Isolation.PROCESS,
             "kv_cache.enable_tiering with scheduler.isolation process",
             "write scheduler.isolation: thread",
         )
-        if self.scheduler.preemption == "swap":
-            if not self.kv_cache.tier_tokens[0]:
-                raise ValueError("scheduler.preemption swap keeps KV in DDR: give kv_cache.enable_tiering, ddr_tokens")
-            _refuse(
-                self.scheduler.mode is SchedulerMode.STRICT, "scheduler.preemption swap in mode strict", "use recompute"
-            )
+        if self.scheduler.preemption == "swap" and not self.kv_cache.tier_tokens[0]:
+            raise ValueError("scheduler.preemption swap keeps KV in DDR: give kv_cache.enable_tiering, ddr_tokens")
         caches = self.kv_cache.enable_prefix_caching and self.kv_cache.enable_cross_request_sharing
         if self.scheduler.policy is SchedulerPolicy.LONGEST_PREFIX and not caches:
             raise ValueError(

@@ -70,8 +70,7 @@ def measure_kv_tiers(
         config = _config(folder, Path(scratch) / "kv", prefix_tokens, threads)
         with _start(config) as engine:
             services = engine._running_services()
-            tiers = services.tiers
-            assert tiers is not None
+            (tiers,) = services.tiers
             _time_first_token(engine, prompt()[-64:])
             report(f"computing {prefix_tokens} tokens ...")
             recomputed = _time_first_token(engine, prompt())
@@ -132,8 +131,7 @@ def _time_first_token(engine: SageLLMEngine, prompt: list[int]) -> float:
 
 def _empty_pool(services: EngineServices) -> float:
     """Have the prefix tree give up everything; return how many seconds it took to save."""
-    kv, tiers = services.kv, services.tiers
-    assert tiers is not None
+    kv, (tiers,) = services.kv, services.tiers
     blocks = kv.allocate(kv.available())
     assert blocks is not None
     begin = time.perf_counter()

@@ -91,8 +91,8 @@ edges:
             for worker, kv in enumerate(self.context.engine.kv_caches):
                 logs.append(KVEventLog(kv.num_blocks, kv.block_size, self.config.max_event_blocks, worker))
                 kv.listen(logs[-1])
-            if self.context.engine.tiers is not None:
-                self.context.engine.tiers.listen(logs[0])
+            for tiers, log in zip(self.context.engine.tiers, logs, strict=False):  # in the workers' order
+                tiers.listen(log)
         for log in logs:
             log.wake = lambda: self._rung.put([])
         return logs

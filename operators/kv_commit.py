@@ -50,8 +50,8 @@ class KVCommit(Operator[KVCommitConfig]):
         for sequence in computed:
             sequence.kv.commit_outputs = self.config.outputs
         engine.leases.commit(computed)
-        if engine.config.inference_mode is InferenceMode.PREFILL_ONLY and engine.tiers is not None:
-            await self._export(engine.tiers, computed)
+        if engine.config.inference_mode is InferenceMode.PREFILL_ONLY and engine.tiers:
+            await self._export(engine.tiers[0], computed)
         engine.pins.pinned(computed)
         for sequence in computed:
             if sequence.request.unpin:

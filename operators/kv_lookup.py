@@ -39,16 +39,15 @@ class KVLookup(Operator[OperatorConfig]):
         for sequence, cached in zip(records, self.context.engine.leases.count_cached(prompts), strict=True):
             sequence.kv = PrefixHint(cached)
         engine = self.context.engine
-        if engine.tiers is not None:
-            await self._start_fetches(engine.tiers, [sequence for sequence in records if may_reuse(sequence)])
+        if engine.tiers:
+            await self._start_fetches(engine.tiers[0], [sequence for sequence in records if may_reuse(sequence)])
         await out.send(records)
 
     async def _start_fetches(self, tiers: KVTiers, sequences: list[Sequence]) -> None:
         engine = self.context.engine
         for sequence in sequences:
-            prompt = sequence.prompt_tokens
-            sequence.kv.fetch = tiers.wish(prompt, namespace_of(sequence), len(prompt) - 1)
+            engine.leases.look_below(sequence)
         if engine.config.inference_mode is InferenceMode.DECODE_ONLY:
             await engine.run_io(partial(tiers.discover, [sequence.kv.fetch for sequence in sequences]))
         for sequence in sequences:
-            tiers.fetcher.is_coming(sequence.kv.fetch)
+            sequence.kv.fetcher.is_coming(sequence.kv.fetch)

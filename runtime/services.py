@@ -152,19 +152,25 @@ class EngineServices:
         return make_executors(self.config, self.model, None if self.is_null else self.backend)
 
     @cached_property
-    def tiers(self) -> KVTiers | None:
-        """The tiers below the KV pool, if there are any."""
+    def tiers(self) -> list[KVTiers]:
+        """The tiers below the pools, if there are any: those of workers that compute prompts, then those of the others,
+        if they swap."""
         if not self.config.kv_cache.enable_tiering:
-            return None
+            return []
         from .tiers import build_tiers
 
-        executor = cast("PooledExecutor", self.executors[0])  # the configuration refuses processes
         always = self.is_null or self.config.inference_mode is not InferenceMode.STANDARD
         cost = None if always else self.step_cost
-        tiers = build_tiers(self.config.kv_cache, self.model, self.kv, executor, cost, self.clock)
-        leases = self.leases if isinstance(self.leases, LeaseBook) else self.leases.prefill[0]
-        leases.fetcher = tiers.fetcher
-        tiers.fetcher.on_fetched.append(self._on_fetched)
+        leases = self.leases
+        books = [leases] if isinstance(leases, LeaseBook) else [*leases.prefill]
+        if self.config.scheduler.preemption == "swap" and not isinstance(leases, LeaseBook):
+            books += leases.decode
+        executors = cast("list[PooledExecutor]", self.executors)  # the configuration refuses processes
+        pools = [(book.kv, executor) for book, executor in zip(books, executors, strict=False)]
+        tiers = build_tiers(self.config.kv_cache, self.model, pools, cost, self.clock)
+        for book, below in zip(books, tiers, strict=True):
+            book.tiers = below
+            below.fetcher.on_fetched.append(self._on_fetched)
         return tiers
 
     async def run_io(self, job: Callable[[], Any]) -> Any:
@@ -187,10 +193,7 @@ class EngineServices:
         executors, leases = self.executors, self.leases  # executors first: they refuse what does not fit
         self.tiers  # noqa: B018 - built on first use
         if isinstance(leases, LeaseBook):
-            worker = self._make_worker(Worker, executors[0], leases)
-            if self.tiers is not None and self.config.scheduler.preemption == "swap":
-                worker.planner.swap = Swap(self.tiers)
-            return worker
+            return self._make_worker(Worker, executors[0], leases)
         count = len(leases.prefill)
         prefill = [self._make_worker(PrefillWorker, *pair) for pair in zip(executors, leases.prefill, strict=False)]
         for worker in prefill:
@@ -202,7 +205,7 @@ class EngineServices:
 
     def _make_worker(self, kind: type[AnyWorker], executor: Executor, leases: LeaseBook) -> AnyWorker:
         scheduler = self.config.scheduler
-        return kind(
+        worker = kind(
             executor,
             leases.kv,
             leases,
@@ -213,6 +216,9 @@ class EngineServices:
             self.clock,
             None if scheduler.tpot_slo_ms is None else self.step_cost,
         )
+        if leases.tiers is not None and scheduler.preemption == "swap":
+            worker.planner.swap = Swap(leases.tiers)
+        return worker
 
     @property
     def max_step_tokens(self) -> int:
@@ -290,8 +296,8 @@ class EngineServices:
                 finally:
                     for driver in drivers:
                         driver.stop()
-                    if self.tiers is not None:
-                        self.tiers.close()
+                    for tiers in self.tiers:
+                        tiers.close()
                     for executor in self.executors:
                         executor.close()
 
@@ -353,8 +359,10 @@ class EngineServices:
                 "cached_blocks": sum(cache.cached_blocks for cache in caches),
                 "pinned_blocks": sum(cache.pinned_blocks for cache in caches),
             }
-        if "tiers" in self.__dict__ and self.tiers is not None:
-            stats["kv_tiers"] = asdict(self.tiers.stats())
+        if "tiers" in self.__dict__ and self.tiers:
+            from ..kv_runtime.tiers import TierStats
+
+            stats["kv_tiers"] = asdict(TierStats.total([tiers.stats() for tiers in self.tiers]))
         if times := self.block_times():
             stats["kv_cache"] |= {
                 f"block_{name}_s": {

@@ -25,27 +25,41 @@ _MOST_BUFFERED = 256  # blocks of main memory on the way to files, where there i
 def build_tiers(
     config: KVCacheConfig,
     model: ResolvedModel,
-    kv: KVCache,
-    executor: PooledExecutor,
+    pools: list[tuple[KVCache, PooledExecutor]],
     cost: FetchCost | None,
     clock: Callable[[], float],
-) -> KVTiers:
-    """Make the tiers below `kv`, whose blocks `executor` holds, and have it save what is given up before each step.
+) -> list[KVTiers]:
+    """Make the tiers below each pool: DDR of its own, and one folder for all. The executors, which hold the blocks,
+    save what is given up before each step.
 
     Without a `cost` every hit is brought up.
 
     Raises:
-        ConfigError: there is not enough main memory for the DDR tier.
+        ConfigError: there is not enough main memory for the DDR tiers.
     """
+    (kv, executor), *_ = pools
     io, size = executor.block_io, config.block_size
     ddr, nvme = (tokens // size for tokens in config.tier_tokens)
     host_blocks = ddr or min(_MOST_BUFFERED, kv.num_blocks)
-    check_host_tier(host_blocks, io.block_bytes)
+    check_host_tier(len(pools) * host_blocks, io.block_bytes)
     files = None
     if config.nvme_path is not None:
         files = FileTier(config.nvme_path, kv_fingerprint(model, io.layout, size), nvme, size, io.block_bytes)
+    return [_build_one(config, kv, executor, host_blocks, files, cost, clock) for kv, executor in pools]
+
+
+def _build_one(
+    config: KVCacheConfig,
+    kv: KVCache,
+    executor: PooledExecutor,
+    host_blocks: int,
+    files: FileTier | None,
+    cost: FetchCost | None,
+    clock: Callable[[], float],
+) -> KVTiers:
+    io = executor.block_io
     high, low, promote = config.watermarks
-    watermarks = Watermarks(high, low, promote) if ddr else Watermarks(0.0, 0.0, promote)
+    watermarks = Watermarks(high, low, promote) if config.tier_tokens[0] else Watermarks(0.0, 0.0, promote)
     classifier = None
     if config.enable_migration:
         classifier = TemperatureClassifier(config.hot_threshold, config.cold_timeout_s, clock)

@@ -86,6 +86,11 @@ class Fetch:
     def is_under_way(self) -> bool:
         return self.run is not None and not self.run.is_over
 
+    @property
+    def deadline(self) -> float:
+        """When it is no longer waited for; infinity if it is not."""
+        return float("inf") if self.run is None or self.run.is_over else self.run.deadline
+
 
 class Fetcher:
     """Starts fetches on the thread that asks, copies on the copier's. What fails is a miss: it is computed instead."""
@@ -133,10 +138,13 @@ class Fetcher:
             fetch.run = None
         return fetch.attempts > 0 and self._start(fetch) and fetch.is_under_way
 
-    def deadline(self, fetch: Fetch) -> float:
-        """When it is no longer waited for; infinity if it is not."""
-        run = fetch.run
-        return float("inf") if run is None or run.is_over else run.deadline
+    def count_held(self, fetch: Fetch) -> int:
+        """How many of the wish's blocks, from the first on, are in the pool or in lower tiers."""
+        keys, size = fetch.keys, self._kv.block_size
+        (cached,) = self._kv.count_cached([(fetch.tokens[: len(keys) * size + 1], fetch.namespace)], touch=False)
+        first = cached // size
+        with self._lock:
+            return first + len(self._find(keys[first:]))
 
     # -- starting ----------------------------------------------------------------------------------------------------
 

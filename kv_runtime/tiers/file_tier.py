@@ -32,13 +32,13 @@ class FileTier:
 
     The folder is the index: what lies there under a block's name and has its length is taken for that block until it
     is read, which verifies it. A folder that cannot be written is read only, told by one warning.
-    `on_deleted` hears of each block that is given up.
+    Those in `on_deleted` hear of each block that is given up.
     """
 
     def __init__(self, path: Path, fingerprint: bytes, capacity: int, block_size: int, block_bytes: int) -> None:
         self.capacity = capacity
         self.is_writable = True
-        self.on_deleted: Callable[[bytes], None] = lambda digest: None
+        self.on_deleted: list[Callable[[bytes], None]] = []
         self._folder = path / fingerprint.hex()
         self._fingerprint = fingerprint
         self._file_size = file_size(block_size, block_bytes)
@@ -56,6 +56,10 @@ class FileTier:
 
     def __contains__(self, key: BlockKey) -> bool:
         return key.digest in self._index
+
+    def _tell_deleted(self, digest: bytes) -> None:
+        for tell in self.on_deleted:
+            tell(digest)
 
     def discover(self, key: BlockKey) -> bool:
         """Whether the block is here, be it that another process has put it here meanwhile. Looks at the disk."""
@@ -117,7 +121,7 @@ class FileTier:
                 if len(self._index) <= count:
                     return
                 digest, _ = self._index.popitem(last=False)
-            self.on_deleted(digest)
+            self._tell_deleted(digest)
             with suppress(OSError):
                 self._path(digest).unlink()
 
@@ -129,7 +133,7 @@ class FileTier:
         with self._lock:
             known = self._index.pop(digest, self)
         if known is None:
-            self.on_deleted(digest)
+            self._tell_deleted(digest)
 
     def _stop_writing(self, error: OSError) -> None:
         self.is_writable = False

@@ -83,7 +83,7 @@ class KVTiers:
             self._demotion = Demotion(
                 io, self._host, self._lock, files, self._counters, watermarks, kv.num_blocks, clock
             )
-            files.on_deleted = self._file_deleted
+            files.on_deleted.append(self._file_deleted)
             self.write_back.on_unsaved = self._demote_soon
         self.migration = None
         self._next_pass = clock()
@@ -107,9 +107,12 @@ class KVTiers:
             self._migrate_in_time(self.migration)
         return fetch
 
-    def flush(self) -> None:
-        """Save what the tree gave up so far. On return its blocks may be written to."""
+    def flush(self, *, wait: bool = False) -> None:
+        """Save what the tree gave up so far. On return the device that computes may write to its blocks; others, too,
+        if it was to `wait` until the copies are made."""
         self.write_back.flush()
+        if wait:
+            self._io.synchronize()
         if self.migration is not None:
             self._migrate_in_time(self.migration)
 

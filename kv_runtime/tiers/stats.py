@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(slots=True)
@@ -38,3 +38,9 @@ class TierStats:
     nvme_blocks: int
     nvme_capacity: int
     fetching_blocks: int
+
+    @classmethod
+    def total(cls, parts: list[TierStats]) -> TierStats:
+        """The sum over pools, which have their files in common."""
+        sums = {field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)}
+        return cls(**{**sums, "nvme_blocks": parts[0].nvme_blocks, "nvme_capacity": parts[0].nvme_capacity})

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import Acquired, KVCache
     from ...kv_runtime.pool import Int32Array
-    from ...kv_runtime.tiers import Fetcher
     from ...records import Request, Sequence
     from .lease import Lease, Namespace
     from .policies import Policy
@@ -81,6 +80,8 @@ class DecodeLeases(LeaseBook):
         """Blocks of `kv` are to be copied to blocks of this pool: all are kept until what is returned is called."""
         kv.retain(source)
         self.kv.retain(target)
+        if self.tiers is not None:
+            self.tiers.flush(wait=True)  # what lay in the target blocks before
         with self._lock:
             self._changing += 1
         return partial(self._end_copy, kv, source, target)
@@ -171,9 +172,18 @@ class PairedLeases:
         return any(book.any_in_transit for book in self._all)
 
     @property
-    def fetcher(self) -> Fetcher | None:
-        """Of the only prefill worker that has tiers below its pool."""
-        return self.prefill[0].fetcher
+    def num_fetching(self) -> int:
+        """Blocks on their way up from lower tiers."""
+        return sum(book.num_fetching for book in self.prefill)
+
+    def look_below(self, sequence: Sequence) -> None:
+        """Note on the sequence what lower tiers could bring up, at the prefill worker that then has most of it."""
+        self.prefill[0].look_below(sequence)
+        if len(self.prefill) > 1 and sequence.kv.fetch is not None:
+            fetch = sequence.kv.fetch
+            held = [(book.tiers.fetcher.count_held(fetch), -book.worker) for book in self.prefill if book.tiers]
+            if best := -max(held)[1]:
+                self.prefill[best].look_below(sequence)
 
     def room(self) -> tuple[int, int]:
         """Slots and blocks that could be granted now, at most."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import Acquired, KVCache, Want
     from ...kv_runtime.pool import Int32Array
-    from ...kv_runtime.tiers import Fetch, Fetcher
+    from ...kv_runtime.tiers import Fetch, Fetcher, KVTiers
     from ...records import Request, Sequence
     from .handover import Handover
     from .policies import Policy
@@ -65,6 +65,7 @@ class PrefixHint:
     tokens: int
     prefix_key: PrefixKey | None = None  # under which its prompt is announced
     fetch: Fetch | None = None  # for what lower tiers have of it
+    fetcher: Fetcher | None = None  # that brings it up
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class LeaseBook:
     policy: Policy
     worker: int = 0
     paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
-    fetcher: Fetcher | None = None  # where there are tiers
+    tiers: KVTiers | None = None  # below the pool
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
     _computing: dict[PrefixKey, list[Sequence]] = field(default_factory=dict)
@@ -155,6 +156,18 @@ class LeaseBook:
             others.append(sequence)
         hint.prefix_key = key
         return True
+
+    @property
+    def num_fetching(self) -> int:
+        """Blocks on their way up from lower tiers."""
+        return self.tiers.fetcher.num_coming if self.tiers is not None else 0
+
+    def look_below(self, sequence: Sequence) -> None:
+        """Note on the sequence what lower tiers could bring up of its prompt."""
+        if self.tiers is not None:
+            prompt, hint = sequence.prompt_tokens, sequence.kv
+            hint.fetch = self.tiers.wish(prompt, namespace_of(sequence), len(prompt) - 1)
+            hint.fetcher = self.tiers.fetcher
 
     def foreseen_hit(self, sequence: Sequence) -> int:
         """How many tokens of a prompt are cached, or will be once those that were announced are computed."""
@@ -277,7 +290,7 @@ class LeaseBook:
     @property
     def any_in_transit(self) -> bool:
         """Whether blocks belong to a lease whose sequence has not reached the worker, or never will, or to a fetch."""
-        return bool(self._in_transit or self._changing or (self.fetcher and self.fetcher.num_coming))
+        return bool(self._in_transit or self._changing or self.num_fetching)
 
     @contextmanager
     def _change(self) -> Iterator[None]:

@@ -91,21 +91,20 @@ class WaitingQueue:
         return granted
 
     def _is_fetching(self, sequence: Sequence) -> bool:
-        fetcher, hint = self._leases.fetcher, sequence.kv
-        return bool(
-            fetcher and isinstance(hint, PrefixHint) and hint.fetch is not None and fetcher.is_coming(hint.fetch)
-        )
+        hint = sequence.kv
+        if not isinstance(hint, PrefixHint) or hint.fetch is None or hint.fetcher is None:
+            return False
+        return hint.fetcher.is_coming(hint.fetch)
 
     def next_timeout(self) -> float:
         """When the first of those that wait must be looked at again, in monotonic seconds; infinity if nobody must."""
         soonest = float("inf")
         if self._interactive:
             soonest = min(map(self._timeouts.end_of_waiting, self._waiting), default=NEVER).at
-        fetcher = self._leases.fetcher
-        if fetcher is not None and fetcher.num_coming:
+        if self._leases.num_fetching:
             hints = (sequence.kv for sequence in self._waiting)
             fetches = (hint.fetch for hint in hints if isinstance(hint, PrefixHint) and hint.fetch is not None)
-            soonest = min(soonest, min(map(fetcher.deadline, fetches), default=soonest))
+            soonest = min(soonest, min((fetch.deadline for fetch in fetches), default=soonest))
         return soonest
 
     def take_lines(self, is_copied: Callable[[Request], bool]) -> list[Sequence]:

@@ -219,8 +219,8 @@ class Run:
             assert book.kv.available() == book.kv.num_blocks - book.kv.num_pinned
         assert not services.pins._reserved
         assert not services.pins._large
-        if services.tiers is not None:
-            services.tiers.check_integrity()
+        for tiers in services.tiers:
+            tiers.check_integrity()
         if self.events is not None and self.error is None and not self.watch_every_s:
             for worker, kv in enumerate(services.kv_caches):
                 events = [event for event in self.events if event.worker == worker]

@@ -42,12 +42,12 @@ engines = st.fixed_dictionaries(
 swapped = st.fixed_dictionaries(
     {
         "kv_cache": st.just({"max_tokens": 64, "block_size": 4, "enable_tiering": True, "ddr_tokens": 128}),
-        "scheduler": st.just({"max_batch_size": 6, "max_step_tokens": 16, "preemption": "swap"}),
+        "scheduler": st.sampled_from(MODES).map(
+            lambda mode: {"max_batch_size": 6, "max_step_tokens": 16, "preemption": "swap", **mode}
+        ),
     }
 )
-engines = (engines | swapped).filter(  # tiers are below one pool for prompts
-    lambda engine: "ddr_tokens" not in engine["kv_cache"] or engine["scheduler"].get("prefill_workers", 1) == 1
-)
+engines = engines | swapped
 many = settings(
     max_examples=40,
     deadline=None,

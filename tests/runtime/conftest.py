@@ -15,7 +15,7 @@ from sageLLM.kv_runtime import KVCache, make_eviction_policy
 from sageLLM.kv_runtime.tiers import KVTiers
 from sageLLM.records import Request, SamplingParams, Sequence
 from sageLLM.runtime.scheduler.handover import PairedLeases
-from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint, namespace_of
+from sageLLM.runtime.scheduler.lease import LeaseBook, PrefixHint
 from sageLLM.runtime.scheduler.pin_book import PinBook
 from sageLLM.runtime.scheduler.policies import make_scheduler_policy
 from sageLLM.runtime.scheduler.swap import Swap
@@ -106,14 +106,16 @@ class Bench:
         self.executors = executors
         self._chance = random.Random(seed)
         self.jobs = deque()
-        self.tiers = None
-        if tiers is not None:
-            self.tiers = KVTiers(self.kv, executors[0].block_io, submit=self.jobs.append, **tiers)
-            books[0].fetcher = self.tiers.fetcher
-            executors[0].before_step = self.tiers.flush
-            self.tiers.fetcher.on_fetched.append(self.tell)
-            if swap and not strict:
-                self.worker.planner.swap = Swap(self.tiers)
+        self.tiers = []
+        for book, each, worker in zip(books, executors, workers, strict=True) if tiers is not None else ():
+            if isinstance(worker, DecodeWorker) and not swap:
+                continue
+            book.tiers = KVTiers(book.kv, each.block_io, submit=self.jobs.append, **tiers)
+            each.before_step = book.tiers.flush
+            book.tiers.fetcher.on_fetched.append(self.tell)
+            if swap:
+                worker.planner.swap = Swap(book.tiers)
+            self.tiers.append(book.tiers)
         self.commit = commit
         self.slow_doors = slow_doors
         self.uneven = uneven
@@ -164,9 +166,8 @@ class Bench:
             self.leases.check_fits(sequence)
             self.pins.check(sequence, self.leases.prompt_blocks(sequence), self.leases.max_blocks(sequence))
             if self.tiers:
-                prompt = sequence.prompt_tokens
-                sequence.kv.fetch = self.tiers.wish(prompt, namespace_of(sequence), len(prompt) - 1)
-                self.tiers.fetcher.is_coming(sequence.kv.fetch)
+                self.leases.look_below(sequence)
+                sequence.kv.fetcher.is_coming(sequence.kv.fetch)
             self.waiting.offer(sequence)
             self.tell()
 
@@ -217,8 +218,8 @@ class Bench:
     def check_nothing_leaks(self):
         while self.jobs:
             self.jobs.popleft()()
-        if self.tiers:
-            self.tiers.check_integrity()
+        for tiers in self.tiers:
+            tiers.check_integrity()
         for book in self.books:
             assert book.free_slots == book.num_slots
             assert not book.any_in_transit

@@ -123,7 +123,7 @@ def test_a_file_of_another_model_or_block_is_not_read(tier, keys, tmp_path):
 def test_the_least_recently_used_are_deleted_also_after_a_restart(tier, keys, tmp_path):
     first = tier(capacity=6)
     deleted = []
-    first.on_deleted = deleted.append
+    first.on_deleted.append(deleted.append)
     for number, key in enumerate(keys[:6]):
         first.write(key, data(number))
         path = next(path for path in files_of(tmp_path) if key.digest.hex() in path.name)

@@ -116,7 +116,7 @@ def test_after_its_deadline_nobody_waits_and_nothing_is_copied(bed, run):
     b.compute(run(2, 32))
     wish = b.wish(run(1, 32))
     assert b.tiers.fetcher.is_coming(wish)
-    assert b.tiers.fetcher.deadline(wish) == 102.0
+    assert wish.deadline == 102.0
     b.now = 102.5
     assert not b.tiers.fetcher.is_coming(wish)
     b.work()

@@ -222,7 +222,7 @@ def test_what_comes_up_from_a_tier_tells_the_same(bench, loaded, oracle, tmp_pat
                 b.offer(sequence)
                 b.run()
                 assert sequence.choices[0].output_tokens == oracle(prompt, 8)
-        stats = b.tiers.stats()
+        stats = b.tiers[0].stats()
         assert (stats.nvme_hit_tokens if in_files else stats.ddr_hit_tokens) > 0
         b.close()
         b.check_nothing_leaks()
@@ -253,7 +253,7 @@ def test_rows_that_are_swapped_tell_the_same(bench, loaded, oracle, monkeypatch,
     assert b.worker.preemptions > 0
     for sequence in sequences:
         assert sequence.choices[0].output_tokens == oracle(sequence.prompt_tokens.tolist(), 24)
-    stats = b.tiers.stats()
+    stats = b.tiers[0].stats()
     assert (stats.ddr_hit_tokens > 0) == (stumble is None and host_blocks == 64)
     assert not b.worker.planner.swap._kept
     b.check_nothing_leaks()
