@@ -38,6 +38,8 @@ class PinBook:
         if request.pin or request.unpin:
             self._check_asked(request)
         own = prompt_blocks if request.pin else 0
+        if request.pin and len(sequence.prompt_tokens) % kv.block_size:
+            blocks += 1  # preempted, it goes on in a copy of the block that its pin fills in part
         pinned = max(kv.num_pinned for kv in self._kvs) + sum(self._reserved.values())
         if own and pinned + own > self._max_blocks:
             raise RequestError(
