@@ -81,7 +81,7 @@ def test_lower_tiers_tell_what_they_get_and_drop(make_run, make_requests, small_
             kept ^= names
     assert told == {"moved", "removed"}
     # what was given up after the last step is copied by the checks that follow the run, when nobody reads any more
-    assert kept <= {block.key.digest.hex() for block in run.services.tiers._host.blocks()}
+    assert kept <= {block.key.digest.hex() for block in run.services.tiers[0]._host.blocks()}
 
 
 def test_a_slow_reader_loses_events_and_holds_up_nobody(make_run, make_requests, small_engine):
