@@ -430,11 +430,6 @@ class SageLLMConfig(Config):
         if len(self.backend.device_ids) not in (1, self.scheduler.num_workers):
             wanted = f"one, or {self.scheduler.num_workers}, one for each worker, those for prefill first"
             raise ValueError(f"backend.device_ids: found {self.backend.device_ids}, give {wanted}")
-        _refuse(
-            self.kv_cache.enable_tiering and self.scheduler.isolation is Isolation.PROCESS,
-            "kv_cache.enable_tiering with scheduler.isolation process",
-            "write scheduler.isolation: thread",
-        )
         if self.scheduler.preemption == "swap" and not self.kv_cache.tier_tokens[0]:
             raise ValueError("scheduler.preemption swap keeps KV in DDR: give kv_cache.enable_tiering, ddr_tokens")
         caches = self.kv_cache.enable_prefix_caching and self.kv_cache.enable_cross_request_sharing

@@ -165,7 +165,7 @@ class EngineServices:
         books = [leases] if isinstance(leases, LeaseBook) else [*leases.prefill]
         if self.config.scheduler.preemption == "swap" and not isinstance(leases, LeaseBook):
             books += leases.decode
-        executors = cast("list[PooledExecutor]", self.executors)  # the configuration refuses processes
+        executors = cast("list[PooledExecutor]", self.executors)
         pools = [(book.kv, executor) for book, executor in zip(books, executors, strict=False)]
         tiers = build_tiers(self.config.kv_cache, self.model, pools, cost, self.clock)
         for book, below in zip(books, tiers, strict=True):

@@ -74,7 +74,8 @@ def _serve(channel: Channel, notices: Channel) -> None:
 def _build(config: SageLLMConfig, worker: int) -> tuple[Executor, Ready, tuple[int, ...]]:
     """The executor, how others map its pool, and the open files that they need for it."""
     scheduler = config.scheduler
-    if scheduler.mode is not SchedulerMode.STRICT or worker < scheduler.prefill_workers:
+    receives = scheduler.mode is SchedulerMode.STRICT and worker >= scheduler.prefill_workers
+    if not receives and not config.kv_cache.enable_tiering:
         executor, backend_name = make_lone_executor(config, worker)
         return executor, Ready(backend_name, None), ()
     from .shared_pool import PoolSharing

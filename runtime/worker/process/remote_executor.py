@@ -7,13 +7,15 @@ import time
 import weakref
 from collections import deque
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
+from threading import Condition
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ....errors import ExecutorLostError
 from .child_process import ChildProcess
 from .messages import Admission, Close, Connect, Export, Failure, Readmission, Ready, Release, Step
+from .remote_block_io import RemoteBlockIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,14 +87,15 @@ def _tell(executor: weakref.ref[RemoteExecutor]) -> None:
 class RemoteExecutor:
     """Sends admissions and plans to a process that runs them, and starts another one when it is lost.
 
-    All methods belong to one thread. A step may take `scheduler.step_timeout_s` from when its result is asked for;
-    after that the process counts as hanging and is killed. `on_exit` is called on another thread when the process
-    has ended: ask `ready` then.
+    All methods but `block_io`'s belong to one thread. A step may take `scheduler.step_timeout_s` from when its result
+    is asked for; after that the process counts as hanging and is killed. `on_exit` is called on another thread when
+    the process has ended: ask `ready` then.
     """
 
     def __init__(self, config: SageLLMConfig, worker: int = 0) -> None:
         timeout = config.scheduler.step_timeout_s
         self.on_exit: Callable[[], None] = lambda: None
+        self.before_step: Callable[[], None] = lambda: None
         self.backend_name = ""
         self._task = config.to_dict(), worker
         self._timeout = (_STEP_LIMIT_S if timeout is None else timeout) or None
@@ -103,6 +106,9 @@ class RemoteExecutor:
         self._peers: list[RemotePool] = []
         self._connected: list[MappablePool | None] = []  # what the process has mapped of each
         self.pool = RemotePool()
+        self._granularity = config.kv_cache.granularity
+        self._steps = Condition()  # around the two numbers
+        self._launched = self._over = 0
         self._child: ChildProcess | None = None
         self._end_child: Callable[[], Any] = lambda: None
         self._is_ready = False
@@ -163,6 +169,21 @@ class RemoteExecutor:
         self.pool.current = MappablePool(message.pool, descriptors)
         self._is_ready = True
 
+    @cached_property
+    def block_io(self) -> RemoteBlockIO:
+        """Copies blocks of the process's pool out and in; for once it is ready."""
+        return RemoteBlockIO(self.pool, self._granularity, self._wait_for_launched)
+
+    def _wait_for_launched(self) -> None:
+        with self._steps:
+            launched = self._launched
+            self._steps.wait_for(lambda: self._over >= launched)
+
+    def _count_over(self, over: int) -> None:
+        with self._steps:
+            self._over = over
+            self._steps.notify_all()
+
     def connect(self, peers: list[RemotePool]) -> None:
         self._peers = peers
         self._connected = [None] * len(peers)
@@ -180,6 +201,7 @@ class RemoteExecutor:
         child = self._child
         if child is None or not self._is_ready:
             raise ExecutorLostError("the worker's process is not ready")
+        self.before_step()
         sent = [index for index, export in enumerate(plan.exports) if self._connect(child, export.peer)]
         exports = [self._number(plan.exports[index]) for index in sent]
         try:
@@ -198,6 +220,8 @@ class RemoteExecutor:
         self._changes = []
         step = _RemoteStep(self, sent, refused)
         self._unanswered.append(step)
+        with self._steps:
+            self._launched += 1
         return step
 
     def _connect(self, child: ChildProcess, peer: int) -> bool:
@@ -231,6 +255,7 @@ class RemoteExecutor:
             raise ExecutorLostError("the worker's process, and this step with it, was lost")
         answer, _ = self._receive(self._timeout)
         self._unanswered.popleft().answer = answer
+        self._count_over(self._over + 1)
 
     def _receive(self, timeout: float | None) -> tuple[Any, list[int]]:
         child = self._child
@@ -264,5 +289,6 @@ class RemoteExecutor:
         self._end_child()
         self._child = None
         self._is_ready = False
+        self._count_over(self._launched)
         while self._exporting:  # nobody copies any more
             self._exporting.popitem()[1]()
