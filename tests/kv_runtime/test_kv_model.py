@@ -10,7 +10,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sageLLM.kv_runtime import Commit, KVCache, KVEviction, make_eviction_policy, pool
+from sageLLM.kv_runtime import (
+    Commit,
+    KVCache,
+    KVEventLog,
+    KVEviction,
+    Want,
+    block_hashes,
+    make_eviction_policy,
+    pool,
+)
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 NAMESPACES = st.sampled_from([("", ""), ("a", ""), ("", "a")])
@@ -39,6 +48,9 @@ class CacheMachine(RuleBasedStateMachine):
     def make(self, num_blocks, block_size, ttl_s):
         policy = make_eviction_policy(self.eviction, attention_parity=4)
         self.cache = KVCache(num_blocks, block_size, policy=policy, ttl_s=ttl_s, clock=lambda: self.now)
+        self.log = KVEventLog(num_blocks, block_size, 10**6)
+        self.cache.listen(self.log)
+        self.told = set()  # (tenant, hash) of every full block that is cached, by the events
         self.ttl_s = ttl_s
         self.now = 0.0
         self.size = block_size
@@ -258,6 +270,40 @@ class CacheMachine(RuleBasedStateMachine):
         self.pinned.clear()
         assert self.cache.num_pinned == 0
         self.lossless = True
+
+    @rule()
+    def read_events(self):
+        for event in self.log.take():
+            blocks = {(event.tenant, name) for name in event.block_hashes}
+            assert blocks.isdisjoint(self.told) if event.kind == "stored" else blocks <= self.told
+            self.told = set() if event.kind == "cleared" else self.told ^ blocks
+        cached = set()
+        for node in self.cache._tree.nodes():
+            (tenant, salt), tokens = node.prefix()
+            cached |= {(tenant, name) for name in block_hashes(tokens, self.size, tenant, salt)}
+        assert self.told == cached
+
+    @rule(prompts=st.lists(st.tuples(TOKENS, NAMESPACES), min_size=1, max_size=3))
+    def acquire_and_give_back(self, prompts):
+        before, available = self.cache.num_free, self.cache.available()
+        acquired = self.cache.acquire([Want(as_tokens(t), namespace, len(t) - 1) for t, namespace in prompts])
+        taken = []
+        for (tokens, namespace), (match, fresh) in zip(prompts, acquired, strict=False):
+            for p in range(match.tokens):
+                key = (int(match.blocks[p // self.size]), p % self.size)
+                assert self.kv[key] == (namespace, tuple(tokens[: p + 1])), f"wrong KV at position {p}"
+            assert match.tokens // self.size + fresh.size == -(-len(tokens) // self.size)
+            taken += [match.blocks, fresh]
+            self.queries += 1
+            self.queried += len(tokens)
+            self.hits += match.tokens > 0
+            self.hit_tokens += match.tokens
+        fresh = sum(fresh.size for _, fresh in acquired)
+        assert fresh <= available
+        assert len(acquired) == len(prompts) or fresh + -(-len(prompts[len(acquired)][0]) // self.size) > before
+        self.lossless = self.lossless and fresh <= before
+        if taken:
+            self.cache.release(np.concatenate(taken))
 
     @rule()
     def find_everything(self):
