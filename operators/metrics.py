@@ -15,6 +15,7 @@ from ..runtime.flow.operator import Operator, OperatorConfig, Port, RecordKind, 
 
 if TYPE_CHECKING:
     from ..kv_runtime.block_times import BlockTimes
+    from ..kv_runtime.tiers import TierStats
     from ..runtime.flow.operator import OperatorContext, Outlet
 
 # the bucket bounds of vLLM's metrics of the same names
@@ -131,7 +132,7 @@ class Figures:
             e2e_ms=self._percentiles("e2e_request_latency_seconds"),
         )
 
-    def expose(self, blocks: BlockTimes | None) -> str:
+    def expose(self, blocks: BlockTimes | None, tiers: TierStats | None) -> str:
         """The figures so far, with those of the KV cache, in Prometheus' text exposition format, version 0.0.4."""
         success = "sagellm:request_success_total"
         lines = [f"# HELP {success} Requests with a completion.", f"# TYPE {success} counter"]
@@ -147,6 +148,10 @@ class Figures:
         for name, help_text in _BLOCK_HISTOGRAMS.items() if blocks is not None else ():
             full, histogram = f"sagellm:kv_block_{name}_seconds", getattr(blocks, name)
             lines += [f"# HELP {full} {help_text}", f"# TYPE {full} histogram", *histogram.expose(full)]
+        for name, (help_text, kind, values) in _tier_figures(tiers).items() if tiers is not None else ():
+            full = f"sagellm:{name}"
+            lines += [f"# HELP {full} {help_text}", f"# TYPE {full} {kind}"]
+            lines += [f"{full}{labels} {value}" for labels, value in values.items()]
         return "\n".join(lines) + "\n"
 
     def _count_completions(self, completions: list[Completion], now: float) -> None:
@@ -195,6 +200,39 @@ class Figures:
     def _percentiles(self, name: str) -> Percentiles:
         histogram = self._histograms[name]
         return Percentiles(histogram.mean * 1000, *(histogram.quantile(q) * 1000 for q in (0.5, 0.9, 0.99)))
+
+
+def _tier_figures(tiers: TierStats) -> dict[str, tuple[str, str, dict[str, int]]]:
+    """Of KV tiers, by name: what it is, its type, and its values by label."""
+    ddr, nvme = '{tier="ddr"}', '{tier="nvme"}'
+    return {
+        "kv_tier_hit_tokens_total": (
+            "Tokens whose KV was brought up from a tier.",
+            "counter",
+            {ddr: tiers.ddr_hit_tokens, nvme: tiers.nvme_hit_tokens},
+        ),
+        "kv_tier_moved_bytes_total": (
+            "Bytes copied between tiers.",
+            "counter",
+            {
+                '{from="hbm",to="ddr"}': tiers.bytes_hbm_to_ddr,
+                '{from="ddr",to="nvme"}': tiers.bytes_ddr_to_nvme,
+                '{from="ddr",to="hbm"}': tiers.bytes_ddr_to_hbm,
+                '{from="nvme",to="hbm"}': tiers.bytes_nvme_to_hbm,
+            },
+        ),
+        "kv_tier_fetch_failures_total": (
+            "Blocks that were there and could not be brought up.",
+            "counter",
+            {"": tiers.fetch_failures},
+        ),
+        "kv_tier_lost_blocks_total": (
+            "Blocks that the pool gave up and no tier kept.",
+            "counter",
+            {"": tiers.lost_blocks},
+        ),
+        "kv_tier_blocks": ("Blocks in a tier now.", "gauge", {ddr: tiers.ddr_blocks, nvme: tiers.nvme_blocks}),
+    }
 
 
 class MetricsConfig(OperatorConfig):
@@ -252,7 +290,9 @@ edges:
     def expose(self) -> str:
         """The same in Prometheus' text exposition format, version 0.0.4."""
         engine = self.context.engine
-        return self._figures.expose(engine.block_times() if engine else None)
+        if engine is None:
+            return self._figures.expose(None, None)
+        return self._figures.expose(engine.block_times(), engine.tier_stats())
 
     def _write_file(self) -> None:
         assert self.path is not None

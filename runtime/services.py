@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..config import SageLLMConfig
     from ..graph.pipeline import Pipeline
     from ..kv_runtime.block_times import BlockTimes
-    from ..kv_runtime.tiers import KVTiers
+    from ..kv_runtime.tiers import KVTiers, TierStats
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
     from ..records import Request, Sequence
@@ -327,6 +327,14 @@ class EngineServices:
         if "worker" in self.__dict__:
             self.worker.reclaim(requests)
 
+    def tier_stats(self) -> TierStats | None:
+        """What the tiers did, if there are any and they have been built."""
+        if "tiers" not in self.__dict__ or not self.tiers:
+            return None
+        from ..kv_runtime.tiers import TierStats
+
+        return TierStats.total([tiers.stats() for tiers in self.tiers])
+
     def block_times(self) -> BlockTimes | None:
         """How long cached KV blocks lived, rested and waited, on all workers; None before there are any."""
         from ..kv_runtime.block_times import BlockTimes
@@ -359,10 +367,8 @@ class EngineServices:
                 "cached_blocks": sum(cache.cached_blocks for cache in caches),
                 "pinned_blocks": sum(cache.pinned_blocks for cache in caches),
             }
-        if "tiers" in self.__dict__ and self.tiers:
-            from ..kv_runtime.tiers import TierStats
-
-            stats["kv_tiers"] = asdict(TierStats.total([tiers.stats() for tiers in self.tiers]))
+        if tiers := self.tier_stats():
+            stats["kv_tiers"] = asdict(tiers)
         if times := self.block_times():
             stats["kv_cache"] |= {
                 f"block_{name}_s": {

@@ -60,11 +60,12 @@ class Demotion:
                 if block is None or not self._files.is_writable:
                     return
                 self._host.pin(block)
-            done = block.key in self._files or self._files.write(block.key, self._host.buffer[block.row])
+            known = block.key in self._files
+            written = not known and self._files.write(block.key, self._host.buffer[block.row])
             with self._lock:
-                if done:
+                if known or written:
                     self._host.mark_saved(block)
-                    self._counters.bytes_to_files += self._io.block_bytes
                 self._host.unpin(block)
-            if done:
+            if written:
+                self._counters.bytes_to_files += self._io.block_bytes
                 self.on_written(block.key.digest)

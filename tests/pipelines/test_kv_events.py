@@ -84,6 +84,17 @@ def test_lower_tiers_tell_what_they_get_and_drop(make_run, make_requests, small_
     assert kept <= {block.key.digest.hex() for block in run.services.tiers[0]._host.blocks()}
 
 
+def test_metrics_tell_what_tiers_did(make_run, make_requests):
+    kv_cache = {"max_tokens": 64, "block_size": 4, "enable_tiering": True, "ddr_tokens": 256}
+    run = make_run(make_requests(40), {"kv_cache": kv_cache})()
+    text = run.flow.operators["metrics"].expose()
+    stats = run.services.get_stats()["kv_tiers"]
+    assert stats["ddr_hit_tokens"] > 0
+    assert f'sagellm:kv_tier_hit_tokens_total{{tier="ddr"}} {stats["ddr_hit_tokens"]}' in text
+    assert f'sagellm:kv_tier_blocks{{tier="ddr"}} {stats["ddr_blocks"]}' in text
+    assert 'sagellm:kv_tier_moved_bytes_total{from="hbm",to="ddr"} 0' in text
+
+
 def test_a_slow_reader_loses_events_and_holds_up_nobody(make_run, make_requests, small_engine):
     operators = {"decode": {"max_event_blocks": 3}, "watch": {"buffer": 1}}
     run = make_run(make_requests(30), small_engine, operators, events=[], watch_every_s=5)()
