@@ -72,16 +72,21 @@ def _fit_rows(observations: list[Observation], launch_s: float) -> OperationRate
 
 def _fit_attention(observations: list[Observation]) -> OperationRates:
     """Seconds = launch + rows * row_s + flops / rate by least squares of the relative error, none below 0; then the
-    rate of each number of rows at its longest contexts, if those were long enough to tell.
+    rate of each number of rows at its longest contexts, if those were long enough to tell. On a device that a launch
+    for each row keeps busy none may be: then the one rate of the least squares, which may be next to no time at all.
 
     More rows go at no lower rate: where they seem to, they were disturbed."""
     found = sorted(observations)
     rows, flops, num_bytes, seconds = (np.array(column, float) for column in list(zip(*found, strict=True))[1:])
     columns = np.stack([np.ones(len(rows)), rows, flops], axis=1) / seconds[:, None]
-    launch_s, row_s, _ = nonnegative_least_squares(columns, np.ones(len(rows)))
+    launch_s, row_s, flop_s = nonnegative_least_squares(columns, np.ones(len(rows)))
     work = np.maximum(seconds - launch_s - row_s * rows, _TINY)
     longest = [int(np.flatnonzero(rows == count)[flops[rows == count].argmax()]) for count in np.unique(rows)]
-    at = [index for index in longest if work[index] > seconds[index] / 2] or [int(work.argmax())]
+    at = [index for index in longest if work[index] > seconds[index] / 2]
+    if not at:
+        work = np.maximum(flop_s * flops, _TINY)
+        at = [int(flops.argmax())]
+        rows = np.ones(len(rows))
     rates = np.maximum.accumulate((flops / work)[at])
     return _rates(rows[at], rates, float((num_bytes / work)[at].max()), float(launch_s), float(row_s))
 

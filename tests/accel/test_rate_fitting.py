@@ -49,6 +49,19 @@ def test_a_step_is_predicted_as_the_device_takes_it(shape, device, disturbed):
         assert graph.estimate_total_time(fitted) == pytest.approx(graph.estimate_total_time(device), rel=0.05)
 
 
+def test_attention_that_is_nothing_but_launches_costs_nothing_for_its_context(shape, device):
+    """As on a device that computes row after row, with a little noise."""
+    busy = OperationRates((1,), (1e18,), 1e18, launch_s=5e-5, row_s=4e-4)
+    kinds = dict(device.operations) | dict.fromkeys((NodeKind.DECODE_ATTN, NodeKind.PREFILL_ATTN), busy)
+    launching = DeviceRates(kinds, step_s=1e-3)
+    seen = [one._replace(seconds=one.seconds * (1 + 0.02 * (-1) ** at))
+            for at, one in enumerate(observe(shape, launching))]  # fmt: skip
+    fitted = fit_rates(seen, step_s=1e-3)
+    for contexts in ([100] * 10, [30_000] * 3, [40_000] * 200):
+        graph = ExecutionGraphBuilder(shape).build_decode_graph(contexts)
+        assert graph.estimate_total_time(fitted) == pytest.approx(graph.estimate_total_time(launching), rel=0.06)
+
+
 def test_what_was_not_measured_is_named():
     seen = [Observation(kind, 1, 1.0, 1.0, 1e-3) for kind in NodeKind if not kind.is_transfer]
     with pytest.raises(ValueError, match="nothing was measured of ffn"):
