@@ -51,7 +51,6 @@ class Demotion:
 
     def run(self, deadline: float = float("inf"), *, everything: bool = False) -> None:
         """Write down to the low watermark, or `everything`, unless nothing can be written or the time is over."""
-        self._io.synchronize()
         for _ in range(self._host.num_unsaved - (0 if everything else self._low)):
             if self._clock() >= deadline:
                 return
@@ -60,6 +59,7 @@ class Demotion:
                 if block is None or not self._files.is_writable:
                     return
                 self._host.pin(block)
+            self._io.synchronize()  # what has been read since may be the coldest by now
             known = block.key in self._files
             written = not known and self._files.write(block.key, self._host.buffer[block.row])
             with self._lock:

@@ -269,3 +269,35 @@ def test_a_full_disk_fails_nothing_else(bed, run, tmp_path, monkeypatch, caplog)
         b.work()
     assert caplog.text.count("no more KV is written") == 1
     assert b.fetch(run(1, 32)) == 16, "from DDR"
+
+
+def test_what_is_still_being_read_is_not_written(bed, run, tmp_path, monkeypatch):
+    """As on a GPU: bytes are there when `synchronize` returns, and more is read while files are written."""
+    b = bed(blocks=4, host_blocks=16, files=(tmp_path, PRINT, 100), watermarks=Watermarks(0.0, 0.0))
+    b.compute(run(1, 16))
+    b.compute(run(2, 16))
+    queued, write, kept = [], b.files.write, []
+
+    def read_later(blocks, buffer, rows):
+        queued.append((buffer, rows, b.io.pool[blocks]))
+
+    def synchronize():
+        while queued:
+            buffer, rows, content = queued.pop(0)
+            buffer[rows] = content
+
+    def write_while_others_go_on(key, data):
+        monkeypatch.setattr(b.files, "write", write)
+        kept.extend(b.tiers.save(run(1, 16), np.zeros(4, np.int32), ANYONE))  # what was to be written next is in use
+        b.compute(run(3, 16))
+        return write(key, data)
+
+    monkeypatch.setattr(b.io, "read", read_later)
+    monkeypatch.setattr(b.io, "synchronize", synchronize)
+    monkeypatch.setattr(b.files, "write", write_while_others_go_on)
+    b.work()
+    b.tiers.release(kept)
+    assert len(b.files) > 1
+    after = bed(blocks=16, host_blocks=2, files=(tmp_path, PRINT, 100))
+    assert after.fetch(run(2, 16)) > 0
+    assert not after.tiers.stats().fetch_failures
