@@ -127,9 +127,8 @@ class DecodeWorker(Worker):
         self._let_go_of_read()
 
     def abandon(self, error: BaseException) -> None:
-        self._unread.clear()  # nobody reads them any more
-        self._let_go_of_read()
         super().abandon(error)
+        self._let_go_of_read()
 
     def _end_rows(self, endings: list[Ending]) -> None:
         if endings and self._unread:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from threading import Condition
 from typing import TYPE_CHECKING, Any
@@ -324,6 +325,10 @@ class Worker:
             back = self._decoded if owner.decoding else self._prefilled
             self._give_up(partial(self._end_sequence, owner, FinishReason.ERROR), [owner.sequence], back)
         self.post()
+        for _, step in self._unread:  # whoever waits for the steps launched so far must see their end
+            with suppress(Exception):
+                step.result()
+        self._unread.clear()
 
     def _give_up(self, end: Callable[[], None], sequences: list[Sequence], back: list[Any]) -> None:
         try:

@@ -54,3 +54,28 @@ def test_a_failed_worker_takes_nothing_more(bench):
     b.worker.abandon(RuntimeError("no device"))
     with pytest.raises(EngineClosedError, match="no device"):
         b.worker.submit_prefill([])
+
+
+def test_its_steps_are_over_when_it_has_failed(bench, monkeypatch):
+    """Tiers bring KV into blocks that a step launched before may still write to: they wait for its end."""
+    b = bench()
+    b.offer(b.sequence([1, 2], 9))
+    b.worker.submit_prefill(b.waiting.take_granted())
+    launch, under_way = b.worker._executor.launch, []
+
+    class Step:
+        def __init__(self, plan):
+            self.plan = launch(plan)
+            under_way.append(self)
+
+        def result(self):
+            under_way.remove(self)
+            raise RuntimeError("and that fails, too")
+
+    monkeypatch.setattr(b.worker._executor, "launch", Step)
+    b.worker.step()
+    assert under_way
+    b.worker.on_prefilled = b.worker.on_decoded = [].extend
+    b.worker.abandon(RuntimeError("no device"))
+    assert not under_way
+    assert not b.worker.num_unread
