@@ -281,8 +281,12 @@ class Fetcher:
                 self._kv.commit_all([Commit(tokens, blocks, run.namespace, run.generation)])
         finally:
             self._let_go(run)
-            for tell in self.on_fetched:
-                tell()
+            self.tell()
+
+    def tell(self) -> None:
+        """Have those look again who wait for KV or for blocks."""
+        for tell in self.on_fetched:
+            tell()
 
     def _let_go(self, run: _Run) -> None:
         self._kv.release(np.concatenate([run.match.blocks, run.blocks]))

@@ -134,6 +134,11 @@ class KVTiers:
         self.write_back.release(kept)
 
     @property
+    def num_held(self) -> int:
+        """Blocks of the pool that copies hold now: nobody's, and not available."""
+        return self.fetcher.num_coming + self.write_back.num_held
+
+    @property
     def has_files(self) -> bool:
         return self._files is not None
 

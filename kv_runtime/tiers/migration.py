@@ -75,7 +75,8 @@ class Migration:
         unsaved.sort(key=lambda pair: self.classifier.last_access(pair[1].digest))
         wanted = unsaved[: used - int(marks.low * kv.num_blocks)]
         for begin in range(0, len(wanted), _BATCH):
-            self._write_back.copy_down(kv, wanted[begin : begin + _BATCH])
+            if self._write_back.copy_down(kv, wanted[begin : begin + _BATCH]):
+                self._fetcher.tell()
 
     def _promote(self) -> None:
         """Start fetches of hot prefixes that are not in the pool, as far as there is room."""

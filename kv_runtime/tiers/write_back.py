@@ -48,6 +48,7 @@ class WriteBack:
         self._counters = counters
         self._pending: list[tuple[HostBlock, int]] = []
         self._flushing = Lock()
+        self.num_held = 0  # blocks of the pool, while they are copied down ahead of need
         self._keys: dict[int, BlockKey] = {}  # of the tree's full blocks, by id: changed under the cache's lock
         self.namespaces: dict[bytes, Namespace] = {}  # by their root's hash
 
@@ -140,9 +141,13 @@ class WriteBack:
         with self._lock:
             return [(block, key) for block, key in blocks if self._host.find(key) is None], len(blocks)
 
-    def copy_down(self, kv: KVCache, wanted: list[tuple[int, BlockKey]]) -> None:
-        """Copy blocks that are still the tree's to host memory; on the copier's thread, while steps go on."""
+    def copy_down(self, kv: KVCache, wanted: list[tuple[int, BlockKey]]) -> int:
+        """Copy blocks that are still the tree's to host memory; on the copier's thread, while steps go on.
+
+        They are held meanwhile. Returns how many have become available by its end.
+        """
         held, pending = [], []
+        self.num_held = len(wanted)  # first: whoever misses them must find who has them
         for block, key in wanted:
             try:
                 kv.retain(np.array([block], np.int32))
@@ -153,9 +158,13 @@ class WriteBack:
                 with self._lock:
                     if self._host.find(key) is None and (room := self._reserve_room(key)) is not None:
                         pending.append((room, block))
-        if pending:
-            self._copy(pending)
-        kv.release(np.array(held, np.int32))
+        try:
+            if pending:
+                self._copy(pending)
+        finally:
+            freed = kv.release(np.array(held, np.int32))
+            self.num_held = 0
+        return freed
 
     def release(self, kept: list[HostBlock]) -> None:
         """Undo `save`."""

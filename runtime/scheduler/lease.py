@@ -289,8 +289,8 @@ class LeaseBook:
 
     @property
     def any_in_transit(self) -> bool:
-        """Whether blocks belong to a lease whose sequence has not reached the worker, or never will, or to a fetch."""
-        return bool(self._in_transit or self._changing or self.num_fetching)
+        """Whether blocks belong to a lease whose sequence has not reached the worker, or never will, or to a copy."""
+        return bool(self._in_transit or self._changing or (self.tiers is not None and self.tiers.num_held))
 
     @contextmanager
     def _change(self) -> Iterator[None]:

@@ -7,6 +7,8 @@ import pytest
 
 from sageLLM.kv_runtime.tiers import Temperature, TemperatureClassifier, Watermarks
 from sageLLM.kv_runtime.tiers.block_key import prefix_keys
+from sageLLM.runtime.scheduler.lease import LeaseBook
+from sageLLM.runtime.scheduler.policies import FirstComeFirstServed
 
 ANYONE = ("", "")
 
@@ -164,3 +166,19 @@ def test_blocks_that_are_given_up_while_they_are_copied_down(migrating, run):
     b.compute(run(2, 32))
     b.tiers.write_back.copy_down(b.kv, unsaved)
     assert b.fetch(run(1, 32)) == 16
+
+
+def test_who_misses_a_block_that_is_being_copied_down_waits_for_it_and_is_told(migrating, run, monkeypatch):
+    b = migrating(blocks=8, host_blocks=16)
+    book = LeaseBook(b.kv, 1, b.size, FirstComeFirstServed(), tiers=b.tiers)
+    read, found = b.io.read, []
+
+    def read_meanwhile(*arguments):
+        found.append((b.kv.allocate(7), book.any_in_transit))
+        read(*arguments)
+
+    monkeypatch.setattr(b.io, "read", read_meanwhile)
+    b.tiers.fetcher.on_fetched.append(lambda: found.append((b.kv.available(), book.any_in_transit)))
+    b.compute(run(1, 32))
+    b.tiers.migration.run()
+    assert found == [(None, True), (8, False)]
