@@ -157,9 +157,7 @@ class Fetcher:
             fetch.attempts -= 1
             return False
         with self._lock:
-            run = self._coming.get(keys[first].digest)
-            if run is not None:
-                fetch.run = run
+            if self._joins(fetch, first):
                 return True
             sources = self._find(keys[first:])
         count = min(len(sources), int(MAX_SHARE * self._kv.num_blocks) - len(self._coming))
@@ -167,6 +165,13 @@ class Fetcher:
             fetch.attempts -= 1
             return False
         return count > 0 and self._take_room(fetch, first, count)
+
+    def _joins(self, fetch: Fetch, first: int) -> bool:
+        """Whether the wish's first missing block is on its way up for somebody: then it waits for that."""
+        run = self._coming.get(fetch.keys[first].digest)
+        if run is not None:
+            fetch.run = run
+        return run is not None
 
     def _find(self, keys: list[BlockKey]) -> list[HostBlock | None]:
         """Where the keys' blocks are, up to the first that is nowhere."""
@@ -199,7 +204,12 @@ class Fetcher:
         """
         kv = self._kv
         with self._lock:
-            sources = self._find(fetch.keys[first : first + count])
+            if self._joins(fetch, first):
+                return True  # another thread was faster
+            keys = takewhile(lambda key: key.digest not in self._coming, fetch.keys[first : first + count])
+            sources = self._find([*keys])
+            if not sources:
+                return False
             seconds = min(FETCH_TIMEOUT_S, max(0.0, self._seconds_saved(first, sources)))
             run = _Run(fetch, first, sources, self._clock() + seconds, kv.generation)
             self._coming.update((key.digest, run) for key in run.keys)
@@ -207,7 +217,7 @@ class Fetcher:
                 if source is not None:
                     self._host.pin(source)
         run.match = kv.match(fetch.tokens, fetch.namespace, first * kv.block_size, record=False)
-        if sources and run.match.tokens == first * kv.block_size:
+        if run.match.tokens == first * kv.block_size:
             blocks = kv.allocate(len(sources))
             if blocks is not None:
                 run.blocks = blocks

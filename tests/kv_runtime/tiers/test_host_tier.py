@@ -98,6 +98,28 @@ def test_several_prompts_that_share_a_prefix_wait_for_one_fetch(bed, run):
     assert b.cached(run(1, 24)) == 24
 
 
+def test_two_threads_that_ask_at_once_start_one_fetch(bed, run, monkeypatch):
+    b = bed()
+    b.compute(run(1, 32))
+    b.compute(run(2, 32))
+    b.kv.release(b.kv.allocate(8))
+    b.tiers.flush()
+    one, other = b.wish(run(1, 12)), b.wish(run(1, 16))
+    fetcher, is_worth_it = b.tiers.fetcher, b.tiers.fetcher._is_worth_it
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(fetcher, "_is_worth_it", is_worth_it)
+        assert fetcher.is_coming(other)
+        return is_worth_it(*arguments)
+
+    monkeypatch.setattr(fetcher, "_is_worth_it", meanwhile)
+    assert fetcher.is_coming(one)
+    assert one.run is other.run
+    assert fetcher.num_coming == b.kv.num_blocks - b.kv.available() == 4
+    b.work()
+    assert b.cached(run(1, 16)) == 16
+
+
 def test_what_is_faster_to_compute_is_not_fetched(bed, run):
     cost = Cost(prompt_s=1.0, transfer_s=2.0)
     b = bed(blocks=8, cost=cost)
