@@ -29,8 +29,8 @@ class WaitingQueue:
     """Sequences that wait for a lease, in the policy's order.
 
     A sequence whose prefix a running prompt computes, or whose KV comes up from a lower tier, is passed over and keeps
-    its place. `tokens` and `blocks` are what
-    the prompts of all that wait come to, and the KV blocks that they fill. `clock` gives monotonic seconds.
+    its place. `tokens` and `blocks` are what the prompts of all that wait come to, and the KV blocks that they fill.
+    `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class WaitingQueue:
         self._clock = clock
         self._waiting = leases.policy
         self._interactive = 0  # only these may meet a timeout
+        self._looked_at = float("-inf")  # when somebody could have been granted a lease
         self.tokens = 0
         self.blocks = 0
 
@@ -69,6 +70,7 @@ class WaitingQueue:
     def take_granted(self) -> list[Sequence]:
         """Grant leases in the policy's order until one does not fit; the granted carry their lease in `kv`."""
         leases = self._leases
+        self._looked_at = self._clock()
         slots, blocks = leases.room()
         if not slots or blocks <= 0:
             return []
@@ -104,7 +106,9 @@ class WaitingQueue:
         if self._leases.num_fetching:
             hints = (sequence.kv for sequence in self._waiting)
             fetches = (hint.fetch for hint in hints if isinstance(hint, PrefixHint) and hint.fetch is not None)
-            soonest = min(soonest, min((fetch.deadline for fetch in fetches), default=soonest))
+            # Who was late already when there was no room waits for room.
+            ends = (fetch.deadline for fetch in fetches if fetch.deadline > self._looked_at)
+            soonest = min(soonest, min(ends, default=soonest))
         return soonest
 
     def take_lines(self, is_copied: Callable[[Request], bool]) -> list[Sequence]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from sageLLM.records import FinishReason
+from sageLLM.runtime.scheduler.lease import LeaseBook
 from sageLLM.runtime.scheduler.timeouts import NEVER, End, Timeouts
 
 
@@ -74,3 +77,18 @@ def test_with_a_first_token_in_time_only_the_total_counts(bench, request_timeout
     b.run()
     assert [choice.finish_reason for call in calls for choice in call.choices] == [reason] * 4
     b.check_nothing_leaks()
+
+
+def test_a_fetch_that_is_late_is_looked_at_once_while_there_is_no_room(bench, monkeypatch):
+    now = [100.0]
+    b = bench(max_batch_size=1, clock=lambda: now[0])
+    first, second = b.sequence([1] * 9, 4), b.sequence([2] * 9, 4)
+    b.offer(first, second)
+    assert b.waiting.take_granted() == [first]
+    monkeypatch.setattr(LeaseBook, "num_fetching", 2)
+    second.kv.fetch = SimpleNamespace(deadline=101.0)
+    assert b.waiting.next_timeout() == 101.0
+    now[0] = 101.0
+    assert b.waiting.next_timeout() == 101.0
+    assert b.waiting.take_granted() == []
+    assert b.waiting.next_timeout() == float("inf"), "the copy's end, or room, wakes who waits"
