@@ -103,7 +103,7 @@ class KVTiers:
         """Say that a prompt could use what lower tiers hold of its first `limit` tokens; `fetcher` starts it."""
         fetch = Fetch(tokens, namespace, limit, self._kv.block_size)
         if self.migration is not None:
-            self.migration.classifier.access(fetch.keys)
+            self.migration.access(fetch)
             self._migrate_in_time(self.migration)
         return fetch
 

@@ -49,6 +49,13 @@ class Migration:
         self._fetcher = fetcher
         self._watermarks = watermarks
         self._promoting: list[Fetch] = []
+        self._namespaces: dict[bytes, Namespace] = {}  # of what is not cold, by their root's hash
+
+    def access(self, wish: Fetch) -> None:
+        """A prompt asks for these blocks now."""
+        if wish.keys:
+            self._namespaces[wish.keys[0].parent] = wish.namespace
+            self.classifier.access(wish.keys)
 
     def usage(self) -> float:
         """The share of the pool's blocks in use that no lower tier has."""
@@ -60,9 +67,16 @@ class Migration:
 
     def run(self) -> None:
         """Look at everything once."""
-        self.classifier.forget_cold()
+        self._forget_cold()
         self._demote()
         self._promote()
+
+    def _forget_cold(self) -> None:
+        self.classifier.forget_cold()
+        parents = {key.parent for key in self.classifier.known_keys()}
+        for root in [*self._namespaces]:
+            if root not in parents:
+                self._namespaces.pop(root)
 
     def _demote(self) -> None:
         kv, marks = self._kv, self._watermarks
@@ -103,7 +117,7 @@ class Migration:
     def _prefix(self, key: BlockKey) -> tuple[Namespace, np.ndarray[tuple[int], np.dtype[np.int32]]] | None:
         """Who may use a block, and all tokens up to its end; None if part of them is not known any more."""
         runs = [key.tokens]
-        while (namespace := self._write_back.namespaces.get(key.parent)) is None:
+        while (namespace := self._namespaces.get(key.parent)) is None:
             parent = self.classifier.key(key.parent)
             if parent is None:
                 return None

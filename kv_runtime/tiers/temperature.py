@@ -71,6 +71,10 @@ class TemperatureClassifier:
         record = self._records.get(digest)
         return float("-inf") if record is None else record.at
 
+    def known_keys(self) -> list[BlockKey]:
+        """The blocks that were asked for, but those that were forgotten."""
+        return [record.key for record in list(self._records.values())]
+
     def hot_keys(self) -> list[BlockKey]:
         """The blocks that are hot now."""
         now = self._clock()

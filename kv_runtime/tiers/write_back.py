@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..cache import KVCache
-    from ..node import Namespace, Node
+    from ..node import Node
     from ..pool import Int32Array
     from .block_io import BlockIO
     from .block_key import BlockKey
@@ -50,7 +50,6 @@ class WriteBack:
         self._flushing = Lock()
         self.num_held = 0  # blocks of the pool, while they are copied down ahead of need
         self._keys: dict[int, BlockKey] = {}  # of the tree's full blocks, by id: changed under the cache's lock
-        self.namespaces: dict[bytes, Namespace] = {}  # by their root's hash
 
     # -- the tree's listener -----------------------------------------------------------------------------------------
 
@@ -89,9 +88,7 @@ class WriteBack:
         if begin:
             parent = self._keys[node.blocks.item(first - 1 - node.start // size)].digest
         else:
-            namespace = node.root_namespace()
-            parent = root_hash(namespace)
-            self.namespaces[parent] = namespace
+            parent = root_hash(node.root_namespace())
         tokens = np.concatenate(runs[::-1])[: (end - first) * size]
         return chain_keys(parent, tokens, size), blocks
 

@@ -182,3 +182,13 @@ def test_who_misses_a_block_that_is_being_copied_down_waits_for_it_and_is_told(m
     b.compute(run(1, 32))
     b.tiers.migration.run()
     assert found == [(None, True), (8, False)]
+
+
+def test_who_asked_is_forgotten_with_what_they_asked_for(migrating, run):
+    b = migrating(blocks=40, host_blocks=100)
+    for salt in range(5):
+        b.compute(run(1, 8), ("", str(salt)))
+        b.tiers.wish(run(1, 8), ("", str(salt)), 8)
+        b.time.now += 20
+    b.tiers.migration.run()
+    assert set(b.tiers.migration._namespaces.values()) == {("", "3"), ("", "4")}
