@@ -421,7 +421,8 @@ class SageLLMConfig(Config):
                     "kv_cache.granularity",
                 ),
                 (
-                    self.scheduler.on_transfer_failure == "fail" and mode is InferenceMode.STANDARD,
+                    self.scheduler.on_transfer_failure == "fail"
+                    and (mode is InferenceMode.STANDARD or self.kv_cache.nvme_path is None),
                     "scheduler.on_transfer_failure",
                 ),
             ):

@@ -234,6 +234,7 @@ def test_what_a_later_version_brings_is_refused_by_name(cls, asked, named):
         ("scheduler: {mode: hybrid, decode_workers: 2}", "decode_workers is for mode: strict"),
         ("scheduler: {transfer_timeout_s: 1}", "transfer_timeout_s is for mode: strict"),
         ("scheduler: {on_transfer_failure: fail}", "on_transfer_failure is for KV that moves"),
+        ("inference_mode: prefill_only\nscheduler: {on_transfer_failure: fail}", "on_transfer_failure is for KV that"),
         ("kv_cache: {granularity: head}", "granularity is for KV that moves"),
         ("backend: {device_ids: [0, 1]}", "device_ids: found [0, 1], give one"),
         ("scheduler: {mode: strict}\nbackend: {device_ids: [0, 1, 2]}", "give one, or 2, one for each worker"),

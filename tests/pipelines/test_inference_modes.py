@@ -10,7 +10,11 @@ import sys
 import pytest
 
 from sageLLM import GenerateRequest, SageLLMConfig, SageLLMEngine
+from sageLLM.errors import ConfigError
+from sageLLM.graph import load_pipeline
 from sageLLM.records import Request, SamplingParams
+from sageLLM.runtime.assembly import assemble
+from sageLLM.runtime.services import EngineServices
 
 YAML = """\
 engine:
@@ -124,3 +128,14 @@ def test_nothing_is_given_out_that_was_not_written(run_null, monkeypatch):
     assert run.counts == {"accepted": 4, "error": 4}
     assert "2 KV blocks of the prompt could not be exported" in run.letters["r0"].error
     assert run_null("prefill_only").counts == {"accepted": 4, "done": 4}
+
+
+@pytest.mark.parametrize(
+    ("mode", "stage", "what"),
+    [("decode_only", "kv_lookup", "imports KV in the stage kv_lookup"), ("prefill_only", "kv_commit", "exports KV in")],
+)
+def test_a_pipeline_without_the_stage_that_moves_kv_is_refused(tmp_path, mode, stage, what):
+    (tmp_path / "p.yaml").write_text(YAML.replace(f"  {stage}: {{}}\n", "").replace(f"{stage} -> ", ""))
+    pipeline = load_pipeline(tmp_path / "p.yaml", [f"engine.inference_mode={mode}"])
+    with pytest.raises(ConfigError, match=what):
+        assemble(pipeline, EngineServices(pipeline.engine))
