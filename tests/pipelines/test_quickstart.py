@@ -11,8 +11,11 @@ import pytest
 
 import sageLLM
 from sageLLM import GenerateRequest, SageLLMConfig, SageLLMEngine
+from sageLLM.graph.loader import load_pipeline
 
 QUICKSTART = Path(sageLLM.__file__).parent / "pipelines" / "quickstart.yaml"
+
+READY = sorted(QUICKSTART.parent.glob("*.yaml"))
 
 ANSWERS = {
     "What does heapq.heappush do?": "Push item onto heap, maintaining the heap invariant.",
@@ -56,3 +59,8 @@ def test_the_engine_answers_the_same(dtype):
         alone = [engine.generate(request).text for request in requests[:3]]
     assert together == [*ANSWERS.values()]
     assert alone == together[:3]
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_every_ready_pipeline_is_valid_and_named_as_its_file(path):
+    assert load_pipeline(path).name == path.stem

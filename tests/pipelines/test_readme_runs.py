@@ -44,6 +44,12 @@ def test_the_pipeline(run):
     assert run(block("yaml", "name: answers")) == {1: "cde", 2: "efg", 3: "ghi"}
 
 
+def test_what_runs_where(run):
+    engine = block("yaml", "mode: strict")
+    pipeline = re.sub(r"engine:\n  model:.*\n", lambda found: engine, block("yaml", "name: answers"))
+    assert run(pipeline) == {1: "cde", 2: "efg", 3: "ghi"}
+
+
 def test_the_operator_in_ten_lines(run, tmp_path):
     (tmp_path / "shout.py").write_text(block("python", "# shout.py"))
     pipeline = block("yaml", "name: answers").replace("  metrics: {}\n", "  metrics: {}\n  shout: {}\n")
