@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sageLLM")
 
 PERSIST_S = 10.0  # how long closing may take
+PERSIST_BATCH = 64  # blocks that are copied at once then
 MIGRATION_INTERVAL_S = 1.0
 DEFAULT_WATERMARKS = Watermarks()
 
@@ -167,21 +168,21 @@ class KVTiers:
         self.write_back.on_unsaved = lambda: None
         if self._copier is not None:
             self._copier.shutdown()
-        if self._demotion is not None:
-            self._persist(self._demotion, self._clock() + PERSIST_S)
+        if self._demotion is not None and self._files is not None:
+            self._persist(self._demotion, self._files, self._clock() + PERSIST_S)
 
-    def _persist(self, demotion: Demotion, deadline: float) -> None:
-        held: list[Int32Array] = []
+    def _persist(self, demotion: Demotion, files: FileTier, deadline: float) -> None:
+        """What DDR has goes first, then what the tree has: prefixes before what continues them, pinned ones too."""
+        self.write_back.flush()
         demotion.run(deadline, everything=True)
-        while (count := self._kv.available()) and self._clock() < deadline:
-            blocks = self._kv.allocate(min(count, self._kv.num_free + self._host.capacity))
-            if blocks is None:
-                break
-            held.append(blocks)  # what the tree gave up for them goes to files by way of DDR
-            self.flush()
+        unsaved, _ = self.write_back.unsaved()
+        wanted = [(block, key) for block, key in unsaved if key not in files]
+        count = min(PERSIST_BATCH, self._host.capacity)
+        for begin in range(0, len(wanted), count):
+            if self._clock() >= deadline or not files.is_writable:
+                return
+            self.write_back.copy_down(self._kv, wanted[begin : begin + count])
             demotion.run(deadline, everything=True)
-        for blocks in held:
-            self._kv.release(blocks)
 
     def _submit(self, job: Callable[[], None]) -> None:
         self._submit_job(lambda: _guarded(job))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sageLLM.errors import KVCacheError
+from sageLLM.kv_runtime.cache import Commit
 from sageLLM.kv_runtime.tiers import FileTier, Watermarks, block_file
 from sageLLM.kv_runtime.tiers.block_key import prefix_keys
 
@@ -301,3 +302,32 @@ def test_what_is_still_being_read_is_not_written(bed, run, tmp_path, monkeypatch
     after = bed(blocks=16, host_blocks=2, files=(tmp_path, PRINT, 100))
     assert after.fetch(run(2, 16)) > 0
     assert not after.tiers.stats().fetch_failures
+
+
+def test_closing_writes_what_is_pinned_too(bed, run, tmp_path):
+    b = bed(blocks=8, host_blocks=2, files=(tmp_path, PRINT, 100))
+    b.compute(run(1, 16))
+    match = b.kv.match(run(1, 16), ANYONE, 16)
+    b.kv.commit_all([Commit(run(1, 16), match.blocks, ANYONE, pin=True)])
+    b.kv.release(match.blocks)
+    b.compute(run(2, 16))
+    b.tiers.close()
+    b.kv.unpin(run(1, 16), ANYONE)
+    after = bed(blocks=16, host_blocks=2, files=(tmp_path, PRINT, 100))
+    assert [after.fetch(run(name, 16)) for name in (1, 2)] == [16, 16]
+
+
+def test_closing_in_too_little_time_leaves_whole_prefixes(bed, run, tmp_path, monkeypatch):
+    b = bed(blocks=8, host_blocks=1, files=(tmp_path, PRINT, 100))
+    b.now, write = 1.0, b.files.write
+
+    def slow_write(key, data):
+        b.now += 4.0
+        return write(key, data)
+
+    monkeypatch.setattr(b.files, "write", slow_write)
+    b.compute(run(1, 32))
+    b.tiers.close()
+    monkeypatch.setattr(b.files, "write", lambda *_: False)
+    after = bed(blocks=16, host_blocks=2, files=(tmp_path, PRINT, 100))
+    assert after.fetch(run(1, 32)) == 12
