@@ -103,10 +103,14 @@ class KVTiers:
     def wish(self, tokens: Int32Array, namespace: Namespace, limit: int) -> Fetch:
         """Say that a prompt could use what lower tiers hold of its first `limit` tokens; `fetcher` starts it."""
         fetch = Fetch(tokens, namespace, limit, self._kv.block_size)
-        if self.migration is not None:
-            self.migration.access(fetch)
-            self._migrate_in_time(self.migration)
+        self.note(fetch)
         return fetch
+
+    def note(self, wish: Fetch) -> None:
+        """A prompt, perhaps one that has wished elsewhere before, may have this brought up here."""
+        if self.migration is not None:
+            self.migration.access(wish)
+            self._migrate_in_time(self.migration)
 
     def flush(self, *, wait: bool = False) -> None:
         """Save what the tree gave up so far. On return the device that computes may write to its blocks; others, too,

@@ -178,12 +178,15 @@ class PairedLeases:
 
     def look_below(self, sequence: Sequence) -> None:
         """Note on the sequence what lower tiers could bring up, at the prefill worker that then has most of it."""
-        self.prefill[0].look_below(sequence)
-        if len(self.prefill) > 1 and sequence.kv.fetch is not None:
-            fetch = sequence.kv.fetch
-            held = [(book.tiers.fetcher.count_held(fetch), -book.worker) for book in self.prefill if book.tiers]
-            if best := -max(held)[1]:
-                self.prefill[best].look_below(sequence)
+        first, *others = self.prefill
+        first.look_below(sequence)
+        hint = sequence.kv
+        below = [book.tiers for book in self.prefill if book.tiers is not None]
+        if others and below:
+            best = max(below, key=lambda tiers: tiers.fetcher.count_held(hint.fetch))  # of equals the first
+            if best is not below[0]:
+                best.note(hint.fetch)
+                hint.fetcher = best.fetcher
 
     def room(self) -> tuple[int, int]:
         """Slots and blocks that could be granted now, at most."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sageLLM.errors import RequestError
+from sageLLM.kv_runtime.tiers import fetch
 
 
 def test_a_lease_has_a_slot_per_choice_and_blocks_for_the_prompt(bench):
@@ -107,3 +108,17 @@ def test_blocks_on_their_way_into_a_lease_or_out_of_it_count_as_in_transit(bench
     assert seen
     assert all(seen)  # else the worker, seeing too few blocks and nobody who has them, would give up
     b.check_nothing_leaks()
+
+
+def test_a_prompt_is_hashed_once_however_many_workers_could_fetch_it(bench, monkeypatch):
+    b = bench(mode="strict", prefill_workers=3, tiers={"host_blocks": 4})
+    hashed, prefix_keys = [], fetch.prefix_keys
+    monkeypatch.setattr(fetch, "prefix_keys", lambda *prompt: hashed.append(prompt) or prefix_keys(*prompt))
+    for held, best in (((0, 0, 0), 0), ((1, 2, 2), 1), ((0, 0, 1), 2)):
+        for tiers, count in zip(b.tiers, held, strict=True):
+            tiers.fetcher.count_held = lambda wish, count=count: count
+        hashed.clear()
+        sequence = b.sequence(range(9))
+        b.leases.look_below(sequence)
+        assert sequence.kv.fetcher is b.tiers[best].fetcher
+        assert len(hashed) == 1
