@@ -62,14 +62,13 @@ class FileTier:
             tell(digest)
 
     def discover(self, key: BlockKey) -> bool:
-        """Whether the block is here, be it that another process has put it here meanwhile. Looks at the disk."""
-        if key.digest in self._index:
-            return True
+        """Whether the block is here, whatever another process has put here or deleted meanwhile. Looks at the disk."""
         with suppress(OSError):
             if self._path(key.digest).stat().st_size == self._file_size:
                 with self._lock:
-                    self._index[key.digest] = None
+                    self._index.setdefault(key.digest)
                 return True
+        self._forget(key.digest)
         return False
 
     def read(self, key: BlockKey, into: Bytes) -> None:

@@ -59,6 +59,21 @@ def test_another_process_reads_what_one_has_written(tier, keys):
         assert (read(second, key) == number).all()
 
 
+def test_what_another_process_has_deleted_is_missed_and_written_again(tier, keys, bed, run):
+    ours, theirs = tier(), tier()
+    b = bed(blocks=8, files=ours)
+    blocks = b.kv.allocate(2)
+    assert b.tiers.export(run(1, 8), blocks, ANYONE) == 0
+    assert all(map(theirs.discover, keys[:2]))
+    theirs.shrink(0)
+    assert b.tiers.export(run(1, 8), blocks, ANYONE) == 0
+    assert all(map(tier().discover, keys[:2]))
+    tier().shrink(0)
+    assert not ours.discover(keys[0])
+    assert keys[0] not in ours
+    b.kv.release(blocks)
+
+
 def test_what_comes_later_is_discovered(tier, keys):
     first, second = tier(), tier()
     first.write(keys[0], data(1))
