@@ -40,15 +40,16 @@ def check_kv_pool(kv: KVCacheConfig, block_bytes: int, free: int, num_pools: int
     _refuse_above("kv_cache.max_tokens", kv.max_tokens, most, needed, free)
 
 
-def check_host_tier(num_blocks: int, block_bytes: int) -> None:
-    """Whether the DDR tier fits into main memory.
+def check_host_tier(num_blocks: int, block_size: int, block_bytes: int, num_pools: int = 1) -> None:
+    """Whether the DDR tiers, of so many blocks below each pool, fit into main memory.
 
     Raises:
         ConfigError: it does not.
     """
     free = memory_bytes()[0]
-    most = _usable(free) // max(1, block_bytes)
-    _refuse_above("kv_cache.ddr_tokens, in blocks", num_blocks, most, num_blocks * block_bytes, free)
+    bytes_each = num_pools * max(1, block_bytes)
+    most = _usable(free) // bytes_each * block_size
+    _refuse_above("kv_cache.ddr_tokens", num_blocks * block_size, most, num_blocks * bytes_each, free)
 
 
 def _usable(free: int) -> int:

@@ -41,7 +41,7 @@ def build_tiers(
     io, size = executor.block_io, config.block_size
     ddr, nvme = (tokens // size for tokens in config.tier_tokens)
     host_blocks = ddr or min(_MOST_BUFFERED, kv.num_blocks)
-    check_host_tier(len(pools) * host_blocks, io.block_bytes)
+    check_host_tier(host_blocks, size, io.block_bytes, len(pools))
     files = None
     if config.nvme_path is not None:
         files = FileTier(config.nvme_path, kv_fingerprint(model, io.layout, size), nvme, size, io.block_bytes)

@@ -49,3 +49,10 @@ def test_where_nothing_fits_no_number_is_advised():
     with pytest.raises(ConfigError, match="0.5 GiB free: free some, or use a smaller model"):
         memory.check_kv_pool(KVCacheConfig(), block_bytes=1 << 30, free=1 << 29)
     memory.check_kv_pool(KVCacheConfig(max_tokens=65536, block_size=16), block_bytes=1024, free=1 << 23)
+
+
+def test_ddr_tiers_that_do_not_fit_are_told_in_the_tokens_that_were_asked_for(monkeypatch):
+    monkeypatch.setattr(memory, "memory_bytes", lambda: (10 << 20, 10 << 20))
+    with pytest.raises(ConfigError, match=r"ddr_tokens: found 81920, .* write at most 73728"):
+        memory.check_host_tier(5120, 16, block_bytes=1024, num_pools=2)
+    memory.check_host_tier(73728 // 16, 16, block_bytes=1024, num_pools=2)
