@@ -164,7 +164,15 @@ class Fetcher:
         if not sources or not self._is_worth_it(first, sources):
             fetch.attempts -= 1
             return False
-        return count > 0 and self._take_room(fetch, first, count)
+        if count <= 0:
+            return self.cost is None and self._joins_any(fetch)  # with a cost: who knows what waiting would come to?
+        return self._take_room(fetch, first, count)
+
+    def _joins_any(self, fetch: Fetch) -> bool:
+        """Whether there is a copy under way, whose end makes room for another: then the wish waits for that."""
+        with self._lock:
+            fetch.run = next(iter(self._coming.values()), None)
+        return fetch.run is not None
 
     def _joins(self, fetch: Fetch, first: int) -> bool:
         """Whether the wish's first missing block is on its way up for somebody: then it waits for that."""

@@ -120,6 +120,21 @@ def test_two_threads_that_ask_at_once_start_one_fetch(bed, run, monkeypatch):
     assert b.cached(run(1, 16)) == 16
 
 
+def test_where_every_hit_is_brought_up_one_waits_for_the_other(bed, run):
+    b = bed()
+    for name in (1, 2):
+        b.compute(run(name, 16))
+    b.kv.release(b.kv.allocate(8))
+    b.tiers.flush()
+    one, other = b.wish(run(1, 16)), b.wish(run(2, 16))
+    assert b.tiers.fetcher.is_coming(one)
+    assert b.tiers.fetcher.is_coming(other), "half of the pool is on its way already"
+    b.work()
+    assert b.tiers.fetcher.is_coming(other)
+    b.work()
+    assert [b.cached(run(name, 16)) for name in (1, 2)] == [16, 16]
+
+
 def test_what_is_faster_to_compute_is_not_fetched(bed, run):
     cost = Cost(prompt_s=1.0, transfer_s=2.0)
     b = bed(blocks=8, cost=cost)
