@@ -78,12 +78,12 @@ class DecodeLeases(LeaseBook):
 
     def begin_copy(self, kv: KVCache, source: NDArray[np.int32], target: NDArray[np.int32]) -> Callable[[], None]:
         """Blocks of `kv` are to be copied to blocks of this pool: all are kept until what is returned is called."""
+        with self._lock:
+            self._changing += 1
         kv.retain(source)
         self.kv.retain(target)
         if self.tiers is not None:
             self.tiers.flush(wait=True)  # what lay in the target blocks before
-        with self._lock:
-            self._changing += 1
         return partial(self._end_copy, kv, source, target)
 
     def _end_copy(self, kv: KVCache, source: NDArray[np.int32], target: NDArray[np.int32]) -> None:

@@ -122,3 +122,14 @@ def test_a_prompt_is_hashed_once_however_many_workers_could_fetch_it(bench, monk
         b.leases.look_below(sequence)
         assert sequence.kv.fetcher is b.tiers[best].fetcher
         assert len(hashed) == 1
+
+
+def test_a_copy_shows_from_when_it_holds_blocks(bench, monkeypatch):
+    b = bench(mode="strict", tiers={"host_blocks": 4}, swap=True)
+    prefill, decode = b.books
+    source, target, seen = prefill.kv.allocate(2), decode.kv.allocate(2), []
+    monkeypatch.setattr(decode.tiers, "flush", lambda wait: seen.append(decode.any_in_transit))
+    end = decode.begin_copy(prefill.kv, source, target)
+    assert seen == [True]
+    end()
+    assert not decode.any_in_transit
