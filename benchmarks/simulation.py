@@ -150,7 +150,7 @@ def run_scenario(
     row += _percentiles(result.latencies_s)[1:]
     row += [f"{objective.goodput(result):.3f}" for objective in objectives]
     row += [f"{result.hit_tokens / max(result.queried_tokens, 1):.1%}", f"{result.preemptions}"]
-    row += ["/".join(f"{busy / result.elapsed_s:.0%}" for busy in result.busy_s)]
+    row += ["/".join(f"{busy / (result.elapsed_s or 1.0):.0%}" for busy in result.busy_s)]
     return [*row, f"{result.elapsed_s:.1f}", f"{seconds:.1f}"]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
-from ...errors import EngineClosedError
+from ...errors import EngineClosedError, ExecutorLostError
 from ..flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ThreadDriver:
                 if not self._worker.step():
                     self._worker.wait_for_work()
         except BaseException as error:
-            log.exception("the worker's step loop failed")
+            _log_failure(error)
             self._worker.abandon(error)
 
     def stop(self) -> None:
@@ -83,10 +83,17 @@ class TaskDriver:
                     with anyio.move_on_after(self._worker.idle_limit_s):
                         await self._submitted.get()
             except Exception as error:
-                log.exception("the worker's step loop failed")
+                _log_failure(error)
                 self._worker.abandon(error)
 
     def stop(self) -> None:
         self._scope.cancel()
         if self._worker.failure is None:
             self._worker.abandon(EngineClosedError("the engine was shut down"))
+
+
+def _log_failure(error: BaseException) -> None:
+    if isinstance(error, ExecutorLostError):
+        log.error("the worker gives up: %s", error)
+    else:
+        log.exception("the worker's step loop failed")

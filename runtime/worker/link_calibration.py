@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...accel.device_rates import LinkRates
+from ...errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +45,12 @@ def _measure_copies(backend: Backend) -> LinkRates:
 
 def _measure_file(folder: Path | None) -> LinkRates:
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"kv_cache.nvme_path: {folder} cannot be a folder: {error.strerror}") from error
+        if not os.access(folder, os.W_OK):  # what others write there is read; how fast, a file elsewhere tells
+            folder = None
     with tempfile.NamedTemporaryFile(dir=folder, prefix="sagellm-measure-") as file:
         file.write(os.urandom(1 << 20) * (LARGE >> 20))
         file.flush()

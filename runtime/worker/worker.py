@@ -324,6 +324,8 @@ class Worker:
             owner.sequence.error = f"the worker failed: {error!r}"
             back = self._decoded if owner.decoding else self._prefilled
             self._give_up(partial(self._end_sequence, owner, FinishReason.ERROR), [owner.sequence], back)
+        self._leases.paused = False  # nobody resumes any more: who waits for a lease is to hear of the failure
+        self._returned = True
         self.post()
         for _, step in self._unread:  # whoever waits for the steps launched so far must see their end
             with suppress(Exception):

@@ -79,3 +79,22 @@ def test_its_steps_are_over_when_it_has_failed(bench, monkeypatch):
     b.worker.abandon(RuntimeError("no device"))
     assert not under_way
     assert not b.worker.num_unread
+
+
+def test_who_waits_behind_preempted_rows_hears_of_the_failure(bench):
+    b = bench(blocks=8)
+    running, waiting = [b.sequence([i] * 14, 14) for i in range(2)], b.sequence([9], 2)
+    b.offer(*running)
+    b.worker.submit_prefill(b.waiting.take_granted())
+    while not b.leases.paused:
+        b.worker.step()
+    b.offer(waiting)
+    assert b.waiting.take_granted() == []
+    told = []
+    b.worker.on_prefilled = b.worker.on_decoded = lambda records: None
+    b.worker.on_leases_returned = lambda: told.append(None)
+    b.worker.abandon(RuntimeError("no device"))
+    assert told
+    assert b.waiting.take_granted() == [waiting]
+    with pytest.raises(EngineClosedError, match="no device"):
+        b.worker.submit_prefill([waiting])
