@@ -11,7 +11,7 @@ import pytest
 
 from sageLLM.config import DType, ModelConfig
 from sageLLM.errors import CheckpointError, ConfigError, ModelNotFoundError, NotAvailableError
-from sageLLM.models.resolve import GenerationDefaults, resolve_model
+from sageLLM.models.resolve import GenerationDefaults, resolve_model, weights_digest
 
 DIMENSIONS = {"num_layers": 2, "num_heads": 4, "hidden_size": 64, "vocab_size": 100, "max_seq_len": 512}
 
@@ -244,3 +244,16 @@ def test_the_fingerprint_changes_with_what_changes_the_output(folder, checkpoint
     second = resolve(folder).fingerprint
     change(folder / "tokenizer_config.json", chat_template="{{ messages }}")
     assert len({first, second, resolve(folder).fingerprint}) == 3
+
+
+def test_the_weights_digest_notices_one_byte_anywhere(checkpoint_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint_folder("qwen2"), folder)
+    (file,) = folder.glob("*.safetensors")
+    data, seen = bytearray(file.read_bytes()), set()
+    for at in (None, 5000, len(data) // 3, len(data) - 1):
+        if at is not None:
+            data[at] ^= 1
+        file.write_bytes(data)
+        seen.add(weights_digest(resolve_model(ModelConfig(model_id=str(folder)))))
+    assert len(seen) == 4
