@@ -56,7 +56,7 @@ def load_rates(model: ResolvedModel, backend: Backend, nvme_folder: Path | None 
     file = RatesFile(rates_key(model, backend, nvme_folder))
     rates = file.read()
     if rates is None:
-        log.info("measuring how fast %s runs %s, once", backend.name, model.model_id)
+        log.warning("measuring how fast %s runs %s: once, up to a minute", backend.name, model.model_id)
         rates = measure_rates(model, backend, nvme_folder)
         file.write(rates)
         log.info("measured; the rates are kept in %s", file.path)
