@@ -58,6 +58,19 @@ class Lease:
     handover: Handover | None = None  # where the prompt's KV goes once it is computed; None: it stays
 
 
+@dataclass(slots=True, eq=False)
+class Claim:
+    """KV blocks for a sequence that waits, which `Policy.may_claim`: rows with a larger rank give way to it.
+
+    Made by the waiting queue and met by the worker, which sets `has_room`.
+    """
+
+    sequence: Sequence
+    rank: float
+    blocks: int  # that must be free
+    has_room: bool = False
+
+
 @dataclass(slots=True)
 class PrefixHint:
     """Left by kv_lookup on a sequence: it may reuse cached prefixes, and how much there was at the time."""
@@ -79,6 +92,7 @@ class LeaseBook:
     policy: Policy
     worker: int = 0
     paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
+    claim: Claim | None = None  # set by the waiting queue; once there is room it passes, paused or not
     tiers: KVTiers | None = None  # below the pool
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
@@ -130,6 +144,11 @@ class LeaseBook:
         """How many blocks a lease may take out of the pool: exact if the cache is as kv_lookup found it."""
         cached = sequence.kv.tokens if isinstance(sequence.kv, PrefixHint) else 0
         return self.prompt_blocks(sequence) - cached // self.block_size
+
+    def lease_blocks(self, sequence: Sequence) -> int:
+        """How many blocks a lease takes at most."""
+        forks = sequence.sampling.n - 1 if len(sequence.prompt_tokens) % self.block_size else 0
+        return self.prompt_blocks(sequence) + forks
 
     def prompt_blocks(self, sequence: Sequence) -> int:
         """How many blocks the prompt fills, cached ones included."""
@@ -185,11 +204,11 @@ class LeaseBook:
     def grant(self, sequences: list[Sequence]) -> list[Lease]:
         """Give slots and blocks to as many of the sequences, from the first on, as there are enough for.
 
-        The others are no longer announced.
+        While paused, only to the first, if the claim is its own and there is room. The others are no longer announced.
         """
         slots: list[list[int]] = []
         with self._lock:
-            for sequence in [] if self.paused else sequences:
+            for sequence in sequences if not self.paused else self._claimed(sequences):
                 count = sequence.sampling.n
                 if len(self._free) < count:
                     break
@@ -205,6 +224,11 @@ class LeaseBook:
         for sequence in sequences[len(leases) :]:
             self.withdraw(sequence)
         return leases
+
+    def _claimed(self, sequences: list[Sequence]) -> list[Sequence]:
+        claim = self.claim
+        passes = claim is not None and claim.has_room and bool(sequences) and sequences[0] is claim.sequence
+        return sequences[:1] if passes else []
 
     def withdraw(self, sequence: Sequence) -> None:
         """What `announce` noted does not come about for now."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import KVCache
     from ...records import Sequence
+    from .lease import Claim
     from .slo import ChunkBudget
     from .swap import Swap
     from .time_share import TimeShare
@@ -71,15 +72,20 @@ class Planner:
         """Have a block copied at the start of the next step; the source stays retained until then."""
         self._copies.append(copy)
 
-    def plan(self, unread_steps: int) -> StepPlan | None:
+    def plan(self, unread_steps: int, claim: Claim | None = None) -> StepPlan | None:
         """Plan one step, or None when nothing can be computed now.
+
+        For a claim the last rows by rank that come after it are preempted until there is room, and none of them is
+        resumed while it stands. One preempted row that comes before it keeps it from having room.
 
         Raises:
             MustReadFirst: a row must be preempted, but `unread_steps` > 0.
             KVCacheError: one row alone does not fit the pool (admission should have refused it).
         """
         self._release_copied()
-        self._resume_preempted()
+        self._resume_preempted(claim)
+        if claim is not None:
+            self._make_room(claim, unread_steps)
         if self._time_share is None:
             decode = self._decode_slots(unread_steps)
             chunks = self._chunks(self._max_step_tokens - len(decode), decode)
@@ -116,7 +122,7 @@ class Planner:
                 # The rows with the fewest outputs first: nobody falls behind for long.
                 slots = slots[np.argsort(table.launched[slots], kind="stable")[:limit]]
                 slots.sort()
-            short = slots[table.computed[slots] >= table.num_blocks[slots] * table.block_size]
+            short = slots[self._is_short(slots)]
             if not len(short):
                 return slots
             fresh = self._kv.allocate(len(short))
@@ -128,6 +134,12 @@ class Planner:
                 raise MustReadFirst
             if not self._preempt_last():
                 return slots[~np.isin(slots, short)]  # rows between prefill and decode hold the blocks: wait for them
+
+    def _is_short(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Of which the next token needs one more block."""
+        table = self._table
+        short: NDArray[np.bool_] = table.computed[slots] >= table.num_blocks[slots] * table.block_size
+        return short
 
     def _decoding(self) -> NDArray[np.int64]:
         table = self._table
@@ -146,11 +158,34 @@ class Planner:
             if not self._leases_in_transit():  # nor was anything granted meanwhile
                 raise KVCacheError("one sequence alone fills the KV pool: raise kv_cache.max_tokens")
             return False
-        last = int(candidates[-1])
-        if self.swap is not None:
-            self._swap_out(self.swap, last)
-        self.preempt(last)
+        self._preempt_or_swap(int(candidates[-1]))
         return True
+
+    def _preempt_or_swap(self, slot: int) -> None:
+        if self.swap is not None:
+            self._swap_out(self.swap, slot)
+        self.preempt(slot)
+
+    def _make_room(self, claim: Claim, unread_steps: int) -> None:
+        first = self._in_turn(RowState.PREEMPTED)[:1].tolist()
+        if any(self._rank_at(slot) <= claim.rank for slot in first):
+            claim.has_room = False
+            return
+        table = self._table
+        while self._kv.available() < claim.blocks + np.count_nonzero(self._is_short(self._decoding())):
+            rows = self._in_turn(RowState.PREFILL, RowState.DECODE)
+            rows = rows[table.num_blocks[rows] > 0]
+            if not len(rows) or self._rank_at(rows[-1]) <= claim.rank:
+                break
+            if unread_steps:
+                raise MustReadFirst
+            self._preempt_or_swap(int(rows[-1]))
+        claim.has_room = self._kv.available() >= claim.blocks
+
+    def _rank_at(self, slot: int) -> float:
+        row = self._table.rows[slot]
+        assert row is not None
+        return self._rank(row.owner.sequence)
 
     def _swap_out(self, swap: Swap, slot: int) -> None:
         row = self._table.rows[slot]
@@ -235,14 +270,19 @@ class Planner:
             for slot in slots:
                 self.swap.forget(slot)
 
-    def _resume_preempted(self) -> None:
-        """In turn, give preempted rows blocks for all their tokens and one more; stop at the first that waits."""
+    def _resume_preempted(self, claim: Claim | None) -> None:
+        """In turn, give preempted rows blocks for all their tokens and one more; stop at the first that waits.
+
+        Those that come after a claim wait for it.
+        """
         table = self._table
         if not table.has(RowState.PREEMPTED):
             return
         for slot in self._in_turn(RowState.PREEMPTED).tolist():
             row = table.rows[slot]
             assert row is not None
+            if claim is not None and self._rank_at(slot) > claim.rank:
+                return
             target = int(table.target[slot])
             tokens = table.tokens(slot, target)
             sequence = row.owner.sequence

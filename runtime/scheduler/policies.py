@@ -56,6 +56,10 @@ class Policy(Protocol):
         """Of sequences that run the smallest rank is computed first and the largest preempted; equals as admitted."""
         ...
 
+    def may_claim(self, sequence: Sequence) -> bool:
+        """Whether for one that is next in order rows with larger ranks are preempted, if it lacks only KV blocks."""
+        ...
+
     def charge(self, sequence: Sequence) -> None:
         """The sequence was granted a lease."""
         ...
@@ -131,6 +135,9 @@ class FirstComeFirstServed:
 
     def rank(self, sequence: Sequence) -> float:
         return 0.0
+
+    def may_claim(self, sequence: Sequence) -> bool:
+        return False
 
     def charge(self, sequence: Sequence) -> None:
         pass
@@ -219,8 +226,8 @@ class _Account:
     served: float  # divided by the tenant's weight
     promised: int = 0  # for the leases that are out: the prompt and all the output that there may be
     slots: int = 0  # of those leases
-    granted_prompts: int = 0  # tokens of the prompts of all leases so far
-    settled_prompts: int = 0  # of those that came back
+    granted: int = 0  # promised for all leases so far
+    settled: int = 0  # of that for those that came back
     remembered: bool = False  # listed to be forgotten once the level has come up to it
 
 
@@ -235,7 +242,8 @@ class FairShare:
 
     A tenant that holds less than its share of all slots gets one even if others hold them all: `workers` with
     `max_batch_size` each are shared, and there are twice as many. So a flood makes nobody wait until it is done with a
-    slot; those who hold more wait until the sum is below the bound again.
+    slot; those who hold more wait until the sum is below the bound again. Where KV blocks are what it lacks, it claims
+    them: rows that rank behind it are preempted.
 
     These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
     Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.
@@ -251,7 +259,7 @@ class FairShare:
         self._level = 0.0  # at least what the tenant of the latest grant had been served
         self._remembered: list[tuple[float, str]] = []  # a heap, by what they had been served then
         self._present_weight = 0.0  # of the tenants that wait or have leases out
-        self._before: dict[int, int] = {}  # granted_prompts at the grant, by id of the sequence
+        self._before: dict[int, int] = {}  # `granted` at the grant, by id of the sequence
         self._lock = Lock()  # around the accounts, the level and which tenants wait
 
     def __len__(self) -> int:
@@ -300,11 +308,18 @@ class FairShare:
                     self._leave_if_done(tenant)
 
     def rank(self, sequence: Sequence) -> float:
-        """What the tenant has been served, and the prompts of its leases before this one."""
+        """What the tenant has been served, and promised for the leases before this one; for all where it still waits.
+
+        So of two tenants the one that runs more rows has those it was granted last preempted first.
+        """
         tenant = sequence.request.tenant
         account = self._accounts[tenant]
-        ahead = max(0, self._before.get(id(sequence), 0) - account.settled_prompts)
+        ahead = max(0, self._before.get(id(sequence), account.granted) - account.settled)
         return account.served + ahead / self._weight(tenant)
+
+    def may_claim(self, sequence: Sequence) -> bool:
+        tenant = sequence.request.tenant
+        return self._accounts[tenant].slots + sequence.sampling.n <= self._share(tenant)
 
     def charge(self, sequence: Sequence) -> None:
         with self._lock:
@@ -313,8 +328,8 @@ class FairShare:
             account.promised += _promise(sequence)
             account.slots += sequence.sampling.n
             self._slots += sequence.sampling.n
-            self._before[id(sequence)] = account.granted_prompts
-            account.granted_prompts += len(sequence.prompt_tokens)
+            self._before[id(sequence)] = account.granted
+            account.granted += _promise(sequence)
 
     def settle(self, sequence: Sequence, used: bool) -> None:
         tenant = sequence.request.tenant
@@ -331,7 +346,7 @@ class FairShare:
             account.slots -= sequence.sampling.n
             self._slots -= sequence.sampling.n
             self._before.pop(id(sequence), None)
-            account.settled_prompts += len(sequence.prompt_tokens)
+            account.settled += _promise(sequence)
             account.promised -= _promise(sequence)  # last: until then nobody forgets the account
             self._leave_if_done(tenant)
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ...records import Choice, FinishReason, Sequence
-from .lease import PrefixHint
+from .lease import Claim, LeaseBook, PrefixHint
 from .timeouts import NEVER
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from ...records import Request
     from .handover import PairedLeases
-    from .lease import LeaseBook
     from .timeouts import Timeouts
 
 
@@ -62,21 +61,26 @@ class WaitingQueue:
             self._interactive -= sequence.request.interactive
             self.tokens -= len(sequence.prompt_tokens)
             self.blocks -= self._leases.prompt_blocks(sequence)
+        claim = self._leases.claim if isinstance(self._leases, LeaseBook) else None
+        if claim is not None and any(sequence is claim.sequence for sequence in sequences):
+            self._claim_for(None)
 
     def clear(self) -> None:
         """Forget everybody: whoever queued them answers for them."""
         self._remove([*self._waiting])
 
     def take_granted(self) -> list[Sequence]:
-        """Grant leases in the policy's order until one does not fit; the granted carry their lease in `kv`."""
+        """Grant leases in the policy's order until one does not fit; the granted carry their lease in `kv`.
+
+        That one claims KV blocks if it lacks nothing else and the policy lets it. Where prompts are computed by other
+        workers than decode them nobody claims any.
+        """
         leases = self._leases
         self._looked_at = self._clock()
         slots, blocks = leases.room()
-        if not slots or blocks <= 0:
-            return []
         candidates: list[Sequence] = []
-        for sequence in self._waiting.in_order():
-            if blocks <= 0 or sequence.sampling.n > slots:
+        for sequence in self._waiting.in_order() if slots else ():
+            if sequence.sampling.n > slots or (blocks <= 0 and (candidates or not self._waiting.may_claim(sequence))):
                 break
             if not self._is_fetching(sequence) and leases.announce(sequence):
                 candidates.append(sequence)
@@ -90,7 +94,21 @@ class WaitingQueue:
             sequence.timings.scheduled = now
             granted.append(sequence)
         self._remove(granted)
+        self._claim_for(candidates[len(granted)] if len(granted) < len(candidates) else None)
         return granted
+
+    def _claim_for(self, sequence: Sequence | None) -> None:
+        leases = self._leases
+        if not isinstance(leases, LeaseBook):
+            return
+        if sequence is None or not leases.policy.may_claim(sequence):
+            leases.claim = None
+            return
+        blocks, claim = leases.estimate_blocks(sequence), leases.claim
+        if claim is not None and claim.sequence is sequence:
+            # Room that was not enough: the cache spares it less than was estimated.
+            blocks = leases.lease_blocks(sequence) if claim.has_room else claim.blocks
+        leases.claim = Claim(sequence, leases.policy.rank(sequence), blocks)
 
     def _is_fetching(self, sequence: Sequence) -> bool:
         hint = sequence.kv

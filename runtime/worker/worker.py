@@ -198,10 +198,14 @@ class Worker:
         if not self._is_ready():
             self._pause_leases()
             return False
+        claim = self._leases.claim
+        had_room = claim is not None and claim.has_room
         try:
-            plan = self.planner.plan(len(self._unread))
+            plan = self.planner.plan(len(self._unread), claim)
         except MustReadFirst:
             return False
+        if claim is not None and claim.has_room and not had_room:
+            self._returned = True
         self._pause_leases()
         if plan is None:
             return False
