@@ -7,8 +7,6 @@ from collections import deque
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from ..records import KVEvent, KVEventKind
 from .block_hash import chain_hashes, root_hash
 from .node import NO_TOKENS
@@ -65,19 +63,20 @@ class KVEventLog:
     # -- what the cache tells -----------------------------------------------------------------------------------------
 
     def stored(self, node: Node, start: int) -> None:
-        blocks, first = self._full_blocks(node, start)
+        size = self._block_size
+        first, blocks = node.full_blocks(start, size)
         if not blocks:
             return
-        size = self._block_size
-        begin, end = first * size, (first + len(blocks)) * size
-        namespace, parent, tokens = self._look_up(node, begin)
-        digests = chain_hashes(parent, tokens[: end - begin], size)
+        begin, namespace = first * size, node.root_namespace()
+        tokens = node.tokens_from(begin)[: len(blocks) * size]
+        parent = self._digests[node.block_before(begin, size)] if begin else root_hash(namespace)
+        digests = chain_hashes(parent, tokens, size)
         for block, digest in zip(blocks, digests, strict=True):
             self._digests[block] = digest
-        self._note(KVEventKind.STORED, namespace, begin, parent if begin else b"", digests, tokens[: end - begin])
+        self._note(KVEventKind.STORED, namespace, begin, parent if begin else b"", digests, tokens)
 
     def removed(self, node: Node, start: int) -> None:
-        blocks, first = self._full_blocks(node, start)
+        first, blocks = node.full_blocks(start, self._block_size)
         if blocks:
             digests = [self._digests[block] for block in blocks]
             self._note(KVEventKind.REMOVED, node.root_namespace(), first * self._block_size, b"", digests, NO_TOKENS)
@@ -92,27 +91,6 @@ class KVEventLog:
     def dropped(self, digests: list[bytes], tier: str) -> None:
         """They are no longer in that lower tier."""
         self._note(KVEventKind.REMOVED, _NO_ONE, 0, b"", digests, NO_TOKENS, tier)
-
-    def _full_blocks(self, node: Node, start: int) -> tuple[list[int], int]:
-        """The blocks whose last token is one of the node's from `start` on, and the index of the first of them."""
-        first, end, offset = start // self._block_size, node.end // self._block_size, node.start // self._block_size
-        return node.blocks[first - offset : max(first, end) - offset].tolist(), first
-
-    def _look_up(self, node: Node, begin: int) -> tuple[Namespace, bytes, Int32Array]:
-        """The namespace, the hash of the block that ends at `begin`, and the tokens from there to the node's end."""
-        runs = [node.tokens[max(0, begin - node.start) :]]
-        while node.start > begin:
-            node = node.parent
-            runs.append(node.tokens[max(0, begin - node.start) :])
-        while begin and node.start >= begin:
-            node = node.parent
-        namespace, size = node.root_namespace(), self._block_size
-        if begin:
-            block = node.blocks.item((begin - 1) // size - node.start // size)
-            parent = self._digests[block]
-        else:
-            parent = root_hash(namespace)
-        return namespace, parent, np.concatenate(runs[::-1])
 
     def _note(
         self,

@@ -58,6 +58,28 @@ class Node:
             node = node.parent
         return node.namespace, np.concatenate([NO_TOKENS, *reversed(runs)])
 
+    def tokens_from(self, begin: int) -> Int32Array:
+        """Return the tokens [begin, end) of the prefix that ends with this node, of which `start` may come later."""
+        runs, node = [self.tokens[max(0, begin - self.start) :]], self
+        while node.start > begin:
+            node = node.parent
+            runs.append(node.tokens[max(0, begin - node.start) :])
+        return np.concatenate(runs[::-1])
+
+    def full_blocks(self, start: int, block_size: int) -> tuple[int, list[int]]:
+        """Return the blocks whose last token is one of this node's from `start` on, and before them the index of the
+        first."""
+        first, end, base = start // block_size, self.end // block_size, self.start // block_size
+        return first, self.blocks[first - base : max(first, end) - base].tolist()
+
+    def block_before(self, begin: int, block_size: int) -> int:
+        """Return the block of the prefix that ends at `begin`, the end of a whole block and more than 0."""
+        node = self
+        while node.start >= begin:
+            node = node.parent
+        block: int = node.blocks.item(begin // block_size - 1 - node.start // block_size)
+        return block
+
     def __str__(self) -> str:
         blocks = ", ".join(map(str, self.blocks[:4])) + (", ..." if self.blocks.size > 4 else "")
         return f"[{self.start}, {self.end}) in blocks [{blocks}]"

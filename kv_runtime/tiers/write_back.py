@@ -55,13 +55,17 @@ class WriteBack:
 
     def stored(self, node: Node, start: int) -> None:
         """Note the names of the blocks that are full by now: what comes after them is named by them."""
-        for key, block in zip(*self._full_blocks(node, start), strict=True):
-            self._keys[block] = key
+        size = self._block_size
+        first, blocks = node.full_blocks(start, size)
+        if not blocks:
+            return
+        begin = first * size
+        parent = self._keys[node.block_before(begin, size)].digest if begin else root_hash(node.root_namespace())
+        keys = chain_keys(parent, node.tokens_from(begin)[: len(blocks) * size], size)
+        self._keys.update(zip(blocks, keys, strict=True))
 
     def removed(self, node: Node, start: int) -> None:
-        size = self._block_size
-        first, end, base = start // size, node.end // size, node.start // size
-        blocks = node.blocks[first - base : max(first, end) - base].tolist()
+        _, blocks = node.full_blocks(start, self._block_size)
         self._note([self._keys.pop(block) for block in blocks], blocks)
 
     def cleared(self) -> None:
@@ -71,26 +75,6 @@ class WriteBack:
             pending, self._pending = self._pending, []
             for kept, _ in pending:
                 self._host.unpin(kept)
-
-    def _full_blocks(self, node: Node, start: int) -> tuple[list[BlockKey], list[int]]:
-        """The names and ids of the blocks whose last token is one of the node's from `start` on."""
-        size = self._block_size
-        first, end, base = start // size, node.end // size, node.start // size
-        if first >= end:
-            return [], []
-        blocks, begin = node.blocks[first - base : end - base].tolist(), first * size
-        runs = [node.tokens[max(0, begin - node.start) :]]
-        while node.start > begin:
-            node = node.parent
-            runs.append(node.tokens[max(0, begin - node.start) :])
-        while begin and node.start >= begin:  # to where the block before ends
-            node = node.parent
-        if begin:
-            parent = self._keys[node.blocks.item(first - 1 - node.start // size)].digest
-        else:
-            parent = root_hash(node.root_namespace())
-        tokens = np.concatenate(runs[::-1])[: (end - first) * size]
-        return chain_keys(parent, tokens, size), blocks
 
     # -- saving ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,18 @@ import pytest
 ANYONE = ("", "")
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
 @pytest.fixture
 def tokens():
     """`tokens(5)` is 0..4, `tokens(5, 100)` is 100..104."""

@@ -11,18 +11,6 @@ from sageLLM.kv_runtime.block_times import BlockTimes
 ANYONE = ("", "")
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def make_cache(monkeypatch, clock):
     def make(num_blocks=8, every=1):

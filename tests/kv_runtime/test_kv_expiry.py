@@ -13,18 +13,6 @@ ANYONE = ("", "")
 pytestmark = pytest.mark.parametrize("eviction", KVEviction)
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def cache(clock, eviction):
     return KVCache(64, 4, policy=make_eviction_policy(eviction), ttl_s=10, clock=clock)

@@ -242,3 +242,23 @@ def null_tokens(prompt_length, count):
 @pytest.fixture(name="null_tokens")
 def null_tokens_fixture():
     return null_tokens
+
+
+class Recorder:
+    """An executor that remembers the plans of another."""
+
+    def __init__(self, inner):
+        self.inner, self.plans = inner, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def launch(self, plan):
+        self.plans.append(plan)
+        return self.inner.launch(plan)
+
+
+@pytest.fixture
+def recorder_of():
+    """`recorder_of(executor)`: the same, with its `plans`."""
+    return Recorder

@@ -5,26 +5,12 @@ from __future__ import annotations
 import pytest
 
 
-class Recorder:
-    """An executor that remembers the plans of another."""
-
-    def __init__(self, inner):
-        self.inner, self.plans = inner, []
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def launch(self, plan):
-        self.plans.append(plan)
-        return self.inner.launch(plan)
-
-
 @pytest.fixture
-def recorded(bench):
+def recorded(bench, recorder_of):
     from sageLLM.runtime.worker.executor import NullExecutor
 
     def make(**options):
-        recorder = Recorder(NullExecutor(options.get("max_batch_size", 8)))
+        recorder = recorder_of(NullExecutor(options.get("max_batch_size", 8)))
         return bench(executor=recorder, launch_ahead=False, **options), recorder.plans
 
     return make

@@ -110,24 +110,10 @@ def test_an_slo_without_costs_is_refused():
 # -- the planner -----------------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """An executor that remembers the plans of another."""
-
-    def __init__(self, inner):
-        self.inner, self.plans = inner, []
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def launch(self, plan):
-        self.plans.append(plan)
-        return self.inner.launch(plan)
-
-
 @pytest.fixture
-def recorded(bench):
+def recorded(bench, recorder_of):
     def make(**options):
-        recorder = Recorder(NullExecutor(8))
+        recorder = recorder_of(NullExecutor(8))
         time_stands_still = count(step=0).__next__
         b = bench(executor=recorder, launch_ahead=False, clock=lambda: float(time_stands_still()), **options)
         for worker in b.worker.workers:
