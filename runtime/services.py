@@ -217,7 +217,7 @@ class EngineServices:
             None if scheduler.tpot_slo_ms is None else self.step_cost,
         )
         if leases.tiers is not None and scheduler.preemption == "swap":
-            worker.planner.swap = Swap(leases.tiers)
+            worker.blocks.swap = Swap(leases.tiers)
         return worker
 
     @property

@@ -149,3 +149,7 @@ class ResidentTable:
         wanted = [int(state) for state in states]
         found = np.flatnonzero(np.isin(self.state, wanted) if len(wanted) > 1 else self.state == wanted[0])
         return found[np.argsort(self.order[found], kind="stable")]
+
+    def decoding(self) -> NDArray[np.int64]:
+        """Slots that are to get a token, and have not all of theirs launched."""
+        return np.flatnonzero(self.is_in(RowState.DECODE) & (self.launched < self.max_outputs))

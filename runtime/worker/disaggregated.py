@@ -87,7 +87,7 @@ class PrefillWorker(Worker):
             if owner is None:
                 continue
             slots = owner.slots
-            self.planner.forget(slots)
+            self.blocks.forget(slots)
             self._collector.forget(slots)
             for slot in slots:
                 self._executor.release(slot)
@@ -172,7 +172,7 @@ class DecodeWorker(Worker):
             self._table.set_blocks(first, lease.blocks)
             self._table.computed[first] = self._table.prompt_len[first]
             if others:
-                self.planner.fork(first, others)
+                self.blocks.fork(first, others)
         else:
             self._kv.release(lease.blocks)
             self._kv.release(lease.fork_blocks)

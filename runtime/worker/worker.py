@@ -20,8 +20,9 @@ from ...errors import EngineClosedError, ExecutorLostError
 from ...kv_runtime.cache import Commit
 from ...records import Choice, FinishReason, Sequence, TokenDelta
 from ..scheduler.lease import Lease, LeaseBook, namespace_of
-from ..scheduler.planner import MustReadFirst, Planner
+from ..scheduler.planner import Planner
 from ..scheduler.resident import ResidentSequence, ResidentTable, Row, RowState
+from ..scheduler.row_blocks import MustReadFirst, RowBlocks
 from ..scheduler.slo import make_chunk_budget
 from ..scheduler.time_share import TimeShare
 from ..scheduler.timeouts import Timeouts
@@ -81,15 +82,13 @@ class Worker:
         self._table = ResidentTable(scheduler.num_slots, max_seq_len, leases.block_size)
         self._chunk_budget = make_chunk_budget(scheduler, step_cost, leases.block_size)
         self._busy_since = 0.0  # since when the device has been at the oldest step that is unread
+        self.blocks = RowBlocks(self._table, kv, leases.policy.rank, self._forget_on_device, self._leases_in_transit)
         self.planner = Planner(
             self._table,
-            kv,
+            self.blocks,
             max_step_tokens,
             scheduler.max_prefill_batch,
             min(scheduler.max_decode_batch, scheduler.max_batch_size),
-            rank=leases.policy.rank,
-            on_preempted=self._forget_on_device,
-            leases_in_transit=self._leases_in_transit,
             time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,
             chunk_budget=self._chunk_budget,
         )
@@ -276,7 +275,7 @@ class Worker:
                 self._forget_on_device(slot)
             if not owner.posted:
                 owner.lease.generation = self._kv.generation
-        self.planner.lose_kv()
+        self.blocks.lose_kv()
         for owner in deadly:
             owner.sequence.error = f"{error}; {owner.losses} times while this was computed"
             self._end_sequence(owner, FinishReason.ERROR)
@@ -284,7 +283,7 @@ class Worker:
 
     def _pause_leases(self) -> None:
         """While a row is preempted nobody is granted a lease; who waits is told when that is over."""
-        paused, self._leases.paused = self._leases.paused, self.planner.has_preempted
+        paused, self._leases.paused = self._leases.paused, self.blocks.has_preempted
         self._returned |= paused and not self._leases.paused
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
@@ -371,11 +370,11 @@ class Worker:
             self._table.set_blocks(first, lease.blocks)
             self._table.computed[first] = lease.hit_tokens
             if lease.copy is not None:
-                self.planner.add_copy(lease.copy)
+                self.blocks.copies.add(lease.copy)
                 lease.copy = None
             if lease.generation != self._kv.generation:  # what it was to reuse has been lost meanwhile
                 lease.generation = self._kv.generation
-                self.planner.preempt(first)
+                self.blocks.preempt(first)
 
     def _refuse(self, sequence: Sequence, lease: Lease | None) -> None:
         """Give a sequence back as it came; its lease, unless that was reclaimed, is free again."""
@@ -423,7 +422,7 @@ class Worker:
         self._collector.fill_choices(endings)
         self._commit_outputs(endings)
         slots = [slot for slot, _ in endings]
-        self.planner.forget(slots)
+        self.blocks.forget(slots)
         finished: list[ResidentSequence] = []
         for slot in slots:
             row = table.rows[slot]
@@ -514,7 +513,7 @@ class Worker:
     @property
     def preemptions(self) -> int:
         """Rows that lost their blocks so far."""
-        return self.planner.preemptions
+        return self.blocks.preemptions
 
 
 def _nobody(records: list[Any]) -> None:

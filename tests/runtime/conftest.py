@@ -114,7 +114,7 @@ class Bench:
             each.before_step = book.tiers.flush
             book.tiers.fetcher.on_fetched.append(self.tell)
             if swap:
-                worker.planner.swap = Swap(book.tiers)
+                worker.blocks.swap = Swap(book.tiers)
             self.tiers.append(book.tiers)
         self.commit = commit
         self.slow_doors = slow_doors

@@ -53,10 +53,10 @@ def test_a_row_that_ends_while_it_is_swapped_out_leaves_nothing(recorded):  # no
     b.worker.submit_prefill(b.waiting.take_granted())
     while not b.worker.preemptions:
         b.worker.step()
-    assert b.worker.planner.swap._kept
+    assert b.worker.blocks.swap._kept
     b.worker.cancel([new.request])
     assert b.run() == [new, old]
-    assert not b.worker.planner.swap._kept
+    assert not b.worker.blocks.swap._kept
     b.check_nothing_leaks()
 
 
@@ -96,7 +96,7 @@ def test_the_preempted_come_back_in_turn_and_before_whoever_waits(recorded):  # 
     while urgent.timings.scheduled is None:
         b.worker.step()
         b.worker.submit_prefill(b.waiting.take_granted())
-    assert not b.worker.planner.has_preempted
+    assert not b.worker.blocks.has_preempted
     assert b.run() == [high, middle, urgent, low]
     b.check_nothing_leaks()
 

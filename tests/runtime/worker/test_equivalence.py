@@ -255,7 +255,7 @@ def test_rows_that_are_swapped_tell_the_same(bench, loaded, oracle, monkeypatch,
         assert sequence.choices[0].output_tokens == oracle(sequence.prompt_tokens.tolist(), 24)
     stats = b.tiers[0].stats()
     assert (stats.ddr_hit_tokens > 0) == (stumble is None and host_blocks == 64)
-    assert not b.worker.planner.swap._kept
+    assert not b.worker.blocks.swap._kept
     b.check_nothing_leaks()
 
 

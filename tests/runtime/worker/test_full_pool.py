@@ -38,7 +38,7 @@ def test_blocks_that_come_back_just_before_a_row_alone_would_fail_are_taken(benc
             b.kv.release(elsewhere.pop())
         return False
 
-    b.worker.planner._leases_in_transit = in_transit
+    b.worker.blocks._leases_in_transit = in_transit
     alone = b.sequence([1] * 6, 9)
     b.offer(alone)
     b.run(limit=100)
