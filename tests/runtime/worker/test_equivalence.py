@@ -72,7 +72,7 @@ def make_bench(
 ):  # fmt: skip
     """`nvme` is a folder for files below the first worker's pool, of which there may be 40."""
     model, backend = loaded
-    slots = options.get("max_batch_size", 8)
+    slots = 2 * options.get("max_batch_size", 8)  # as many as fair_share may lease
 
     def make_executor():
         tiers_in = tier_unit or KVGranularity.BLOCK
