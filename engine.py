@@ -20,7 +20,7 @@ from .config import SageLLMConfig
 from .errors import EngineClosedError, NotAvailableError, RequestError
 from .operators.sources.request_format import request_from_fields
 from .records import Choice, Completion, DeadLetter, FinishReason, Request, TokenDelta
-from .runtime.calls import FutureCaller
+from .runtime.calls import Caller, FutureCaller, letter_of
 from .runtime.flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .records import TokenLogprobs
-    from .runtime.calls import CallDesk
     from .runtime.flow.flow import Flow
+    from .runtime.flow.ledger import Outcome
     from .runtime.services import EngineServices
 
 
@@ -119,17 +119,18 @@ class GenerateOutput:
     error: str | None = None
 
 
-class _StreamCaller:
+class _StreamCaller(Caller):
     """Passes deltas and the end to one mailbox, read in the caller's own event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Request) -> None:
+        self.request = request
         self.mailbox: Mailbox[TokenDelta | Completion | DeadLetter] = Mailbox()
 
     def receive_delta(self, delta: TokenDelta) -> None:
         self.mailbox.put([delta])
 
-    def receive_end(self, record: Completion | DeadLetter) -> None:
-        self.mailbox.put([record])
+    def receive_end(self, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
+        self.mailbox.put([record or letter_of(self.request, outcome)])
 
 
 class SageLLMEngine:
@@ -207,7 +208,6 @@ class SageLLMEngine:
         services = EngineServices(pipeline.engine)
         services.load()  # nothing else runs on this loop yet
         flow = assemble(pipeline, services)
-        flow.ledger.on_settled(lambda settled: _tell_callers(flow, services.calls, settled))
         self._services, self._flow = services, flow
         async with services.running():
             self._started.set_result(None)
@@ -260,12 +260,15 @@ class SageLLMEngine:
     def _compute(self, requests: Sequence[GenerateRequest]) -> list[Completion | DeadLetter]:
         services = self._running_services()
         results = [_to_record_or_letter(request) for request in requests]
-        good = [(record, FutureCaller()) for record in results if isinstance(record, Request)]
+        good = [record for record in results if isinstance(record, Request)]
+        callers = [FutureCaller(record) for record in good]
         try:
+            for record, caller in zip(good, callers, strict=True):
+                record.caller = caller
             services.calls.submit(good)
-            ends = {id(record): caller.future.result() for record, caller in good}
+            ends = {id(caller.request): caller.future.result() for caller in callers}
         except BaseException:  # KeyboardInterrupt: nobody waits for them any more
-            services.cancel([record for record, _ in good])
+            services.cancel(good)
             raise
         return [ends[id(result)] if isinstance(result, Request) else result for result in results]
 
@@ -304,8 +307,8 @@ class SageLLMEngine:
 
     async def _follow(self, request: Request) -> AsyncGenerator[TokenDelta | Completion | DeadLetter, None]:
         services = self._running_services()
-        caller = _StreamCaller()
-        services.calls.submit([(request, caller)])
+        caller = request.caller = _StreamCaller(request)
+        services.calls.submit([request])
         ended = False
         try:
             async for records in caller.mailbox:
@@ -336,22 +339,14 @@ class SageLLMEngine:
 def standard_pipeline(config: SageLLMConfig) -> dict[str, Any]:
     """The pipeline that the engine runs, in the form of a YAML file."""
     stages = ["call_source", "tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize"]
-    stages += ["metrics"] * config.benchmark.enable_metrics + ["call_sink"]
+    stages += ["metrics"] * config.benchmark.enable_metrics + ["reply_sink"]
     failing = ("tokenize", "schedule", "prefill", "decode", "detokenize")
     return {
         "name": "engine",
         "engine": config.to_dict(),
         "operators": {stage: {} for stage in stages},
-        "edges": [" -> ".join(stages), *(f"{stage}.error -> call_sink" for stage in failing)],
+        "edges": [" -> ".join(stages), *(f"{stage}.error -> reply_sink" for stage in failing)],
     }
-
-
-def _tell_callers(flow: Flow, calls: CallDesk, settled: list[Any]) -> None:
-    """Of requests that end without a record at the sink, such as those that a stage has dropped."""
-    if flow.has_ended:
-        return  # the engine is over: it tells them why
-    for request, outcome in settled:
-        calls.deliver_end(request, DeadLetter(f"the request ended with {outcome}", request=request))
 
 
 def _to_record(request: GenerateRequest, stream: bool = False) -> Request:

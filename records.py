@@ -105,6 +105,7 @@ class Request:
     cancelled: bool = False  # set from any thread; the stages notice
     arrival: float = field(default_factory=time.monotonic)
     raw: str = ""  # the line it was read from, or its beginning: shown in its dead letter
+    caller: Any = None  # a runtime.calls.Caller: who waits for its results
 
 
 @dataclass(slots=True)

@@ -134,8 +134,9 @@ async def _serve(services: EngineServices, trace: TraceReplay, limit: int | None
             sampling=SamplingParams(max_new_tokens=sequence.sampling.max_new_tokens, temperature=0.0, ignore_eos=True),
             interactive=True,
         )
-        callers.append(FutureCaller())
-        services.calls.submit([(request, callers[-1])])
+        request.caller = FutureCaller(request)
+        callers.append(request.caller)
+        services.calls.submit([request])
     done = [await anyio.to_thread.run_sync(caller.future.result) for caller in callers]
     seconds = time.monotonic() - begin
     completions = [record for record in done if isinstance(record, Completion)]

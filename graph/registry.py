@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .operator_spec import OperatorSpec
 
 ENTRY_POINT_GROUP = "sagellm.operators"
-FOR_PROGRAMS = frozenset({"call_source", "call_sink"})  # both ends of SageLLMEngine's pipeline: files hang with them
+FOR_PROGRAMS = frozenset({"call_source"})  # where SageLLMEngine's requests come in: files hang with it
 
 _SPECS: dict[str, OperatorSpec] = {}
 

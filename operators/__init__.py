@@ -16,7 +16,7 @@ from . import (
     tokenize,
 )
 from .functions import register_function
-from .sinks import call_sink, jsonl_sink, stdout_sink
+from .sinks import jsonl_sink, reply_sink, stdout_sink
 from .sources import call_source, jsonl_source, stdin_source
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Outlet",
     "Port",
     "RecordKind",
-    "call_sink",
     "call_source",
     "decode",
     "detokenize",
@@ -41,6 +40,7 @@ __all__ = [
     "operator",
     "prefill",
     "register_function",
+    "reply_sink",
     "schedule",
     "stdin_source",
     "stdout_sink",

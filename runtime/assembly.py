@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..config import InferenceMode
 from ..errors import ConfigError
+from .calls import tell_end
 from .flow.flow import Flow
 from .flow.ledger import Ledger
 from .flow.operator import Operator, OperatorContext
@@ -15,6 +16,7 @@ from .flow.resume import ResumeIndex
 if TYPE_CHECKING:
     from ..config import SageLLMConfig
     from ..graph.pipeline import Node, Pipeline
+    from .flow.ledger import Settled
     from .services import EngineServices
 
 
@@ -40,7 +42,17 @@ def assemble(pipeline: Pipeline, services: EngineServices) -> Flow:
         factories[node.name] = partial(_make, node, context)
     flow = Flow(factories, pipeline.edges, ledger, pipeline.max_error_ratio, services.cancel, services.let_go)
     drains.append(flow.drain)
+    ledger.on_settled(partial(_tell_callers, flow, services))
     return flow
+
+
+def _tell_callers(flow: Flow, services: EngineServices, settled: Settled) -> None:
+    """Of requests that end without a record at the reply_sink, such as those that a stage has dropped."""
+    if flow.has_ended:
+        return  # whoever ended it says why
+    for request, outcome in settled:
+        tell_end(request, None, outcome)
+    services.calls.forget(settled)
 
 
 def _check_kv_stages(pipeline: Pipeline, config: SageLLMConfig) -> None:

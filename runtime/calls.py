@@ -1,57 +1,79 @@
-"""Requests from a program's own threads into a running flow, and their results back."""
+"""Who waits for a request: its caller is told each step's tokens and, once, the end. And the calls of a program."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ..errors import EngineClosedError
+from ..records import DeadLetter
+from .flow.ledger import Outcome
 from .flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
-    from ..records import Completion, DeadLetter, Request, TokenDelta
+    from ..records import Completion, Request, TokenDelta
+    from .flow.ledger import Settled
 
 
-class Caller(Protocol):
-    """Who waits for one request. Called on the flow's thread: must not block."""
+class Caller:
+    """Who waits for one request, whose `caller` it is. Told on the flow's thread: must not block."""
+
+    ended = False  # has been told the end; nothing comes after it
 
     def receive_delta(self, delta: TokenDelta) -> None:
-        """A step's new tokens, for requests that stream."""
-        ...
+        """A step's new tokens, of requests that stream. Who waits for the end only ignores them."""
 
-    def receive_end(self, record: Completion | DeadLetter) -> None:
-        """The terminal record: once, and nothing after it."""
-        ...
+    def receive_end(self, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
+        """The end. There is no record of what ended elsewhere: in a filter, in another sink."""
+        raise NotImplementedError
 
 
-class FutureCaller:
+class FutureCaller(Caller):
     """Waits for the terminal record only."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Request) -> None:
+        self.request = request
         self.future: Future[Completion | DeadLetter] = Future()
 
-    def receive_delta(self, delta: TokenDelta) -> None:
-        """Whoever waits for the end reads no deltas."""
-
-    def receive_end(self, record: Completion | DeadLetter) -> None:
+    def receive_end(self, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
         if not self.future.done():
-            self.future.set_result(record)
+            self.future.set_result(record or letter_of(self.request, outcome))
+
+
+def letter_of(request: Request, outcome: Outcome) -> DeadLetter:
+    """What stands for the record of a request that ended without one."""
+    return DeadLetter(f"the request ended with {outcome}", request=request)
+
+
+def tell_delta(delta: TokenDelta) -> None:
+    """Tell a delta to the caller of its request, if there is one and it has not been told the end."""
+    caller = delta.sequence.request.caller
+    if caller is not None and not caller.ended:
+        caller.receive_delta(delta)
+
+
+def tell_end(request: Request, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
+    """Tell a request's caller the end, if there is one; a second end of the same request is ignored."""
+    caller = request.caller
+    if caller is not None and not caller.ended:
+        caller.ended = True
+        caller.receive_end(record, outcome)
 
 
 class CallDesk:
-    """Pairs requests with their callers. Every caller is told an end, also when the flow dies."""
+    """Where a program's own requests come in, from any thread. Every caller is told an end, also when the flow dies."""
 
     def __init__(self) -> None:
         self.arrivals: Mailbox[Request] = Mailbox()
-        self._callers: dict[int, tuple[Request, Caller]] = {}
+        self._open: dict[int, Request] = {}
         self._lock = Lock()
         self._closed: str | None = None
 
-    def submit(self, requests: Seq[tuple[Request, Caller]]) -> None:
-        """Hand over requests, from any thread.
+    def submit(self, requests: Seq[Request]) -> None:
+        """Hand over requests that have a caller, from any thread.
 
         Raises:
             EngineClosedError: the flow takes no more.
@@ -59,21 +81,14 @@ class CallDesk:
         with self._lock:
             if self._closed is not None:
                 raise EngineClosedError(self._closed)
-            self._callers.update({id(request): (request, caller) for request, caller in requests})
-        self.arrivals.put([request for request, _ in requests])
+            self._open.update({id(request): request for request in requests})
+        self.arrivals.put(requests)
 
-    def deliver_delta(self, delta: TokenDelta) -> None:
-        """Tell a caller of new tokens; on the flow's thread."""
-        entry = self._callers.get(id(delta.sequence.request))
-        if entry is not None:
-            entry[1].receive_delta(delta)
-
-    def deliver_end(self, request: Request, record: Completion | DeadLetter) -> None:
-        """Tell a caller of its end; a second end of the same request is ignored."""
+    def forget(self, settled: Settled) -> None:
+        """These have ended, and their callers know it."""
         with self._lock:
-            entry = self._callers.pop(id(request), None)
-        if entry is not None:
-            entry[1].receive_end(record)
+            for request, _ in settled:
+                self._open.pop(id(request), None)
 
     def close(self, reason: str) -> None:
         """Take no more requests; those that are in still get their results."""
@@ -83,10 +98,8 @@ class CallDesk:
 
     def fail_all(self, reason: str) -> None:
         """End every call that is still open."""
-        from ..records import DeadLetter
-
         self.close(reason)
         with self._lock:
-            left, self._callers = list(self._callers.values()), {}
-        for request, caller in left:
-            caller.receive_end(DeadLetter(reason, request=request))
+            left, self._open = list(self._open.values()), {}
+        for request in left:
+            tell_end(request, DeadLetter(reason, request=request), Outcome.ERROR)

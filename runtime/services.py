@@ -109,7 +109,7 @@ class EngineServices:
 
     @cached_property
     def calls(self) -> CallDesk:
-        """Where a program's own requests come in, for `call_source` and `call_sink`."""
+        """Where a program's own requests come in, for `call_source`."""
         return CallDesk()
 
     @cached_property

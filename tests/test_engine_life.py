@@ -12,7 +12,7 @@ import pytest
 from sageLLM import GenerateRequest, ModelConfig, SageLLMConfig, SageLLMEngine
 from sageLLM.errors import ConfigError, EngineClosedError, FlowError, NotAvailableError, RequestError
 from sageLLM.models import weights
-from sageLLM.operators.sinks.call_sink import CallSink
+from sageLLM.operators.sinks.reply_sink import ReplySink
 from sageLLM.runtime.services import EngineServices
 
 LIMIT_S = 30
@@ -127,7 +127,7 @@ def fail_when_called(monkeypatch):
     async def fail(sink, records, out):
         raise FlowError("no such caller")
 
-    monkeypatch.setattr(CallSink, "process", fail)
+    monkeypatch.setattr(ReplySink, "process", fail)
 
 
 def test_a_failed_engine_says_why_and_starts_afresh(null_engine, monkeypatch):

@@ -146,6 +146,11 @@ class Ledger:
         if count:
             self._tell_failed()
 
+    def accept_shed(self, count: int) -> None:
+        """Requests that were refused for want of room: accepted and shed at once."""
+        self.accepted += count
+        self._ended[Outcome.SHED] += count
+
     def fork(self, request: Request, extra: int) -> None:
         """There are `extra` more records of this request: it ends when all have."""
         branch = self._branch_of(request)
@@ -221,6 +226,14 @@ class Ledger:
     def is_open(self, request: Request) -> bool:
         """Whether the request is in flight."""
         return self._open.get(id(request)) is request or id(request) in self._branches
+
+    def copies_of(self, request: Request) -> list[Request]:
+        """The Request objects in flight that stand for the same request as this one, itself included."""
+        branch, entry = self._branches.get(id(request)), self._open.get(id(request))
+        if entry is request:
+            return [request]
+        family = entry if branch is None else branch.family
+        return [branch.request for branch in self._branches.values() if branch.family is family]
 
     def is_copied(self, request: Request) -> bool:
         """Whether more records than one carry the request, or have."""

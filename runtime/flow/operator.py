@@ -79,6 +79,10 @@ class Outlet(Protocol):
         """Let records end here on purpose; every record must be sent, rejected or dropped."""
         ...
 
+    async def end(self) -> None:
+        """Nothing more will be sent: what is downstream may end, while `run` goes on."""
+        ...
+
 
 @dataclass(slots=True, frozen=True)
 class OperatorContext:
@@ -129,6 +133,14 @@ class Operator(Generic[ConfigT]):
         async for records in inlet:
             await self.process(records, out)
         await self.finish(out)
+
+    def drain(self) -> bool:
+        """The flow is to end: a source shall take no more requests.
+
+        True: `run` has been told, calls `out.end()` and returns when it has nothing more to do, such as results that
+        it still waits for. False: it is cancelled at its next checkpoint.
+        """
+        return False
 
     async def process(self, records: list[Any], out: Outlet) -> None:
         """Handle one list of records."""

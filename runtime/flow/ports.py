@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import anyio.lowlevel
@@ -102,6 +103,7 @@ class PortOutlet:
         self._fail = fail
         self._unsent: list[tuple[Channel, list[Any]]] = []
         self._in_a_row = 0
+        self._ended = False
 
     async def send(self, records: Sequence[Any], port: str = "out") -> None:
         """Send to every edge of a port, copies to all but the first; without an edge the records are dropped.
@@ -161,6 +163,14 @@ class PortOutlet:
         passed = self._pass_on(records)
         self._stats.dropped += len(passed)
         self._ledger.settle_filtered(endings_of(passed))
+
+    async def end(self) -> None:
+        """Deliver what is left, and let what is downstream end; more than once is no more than once."""
+        await self.flush()
+        if not self._ended:
+            self._ended = True
+            for channel in chain.from_iterable(self._channels.values()):
+                channel.close_sender()
 
     async def flush(self) -> None:
         """Deliver what cancelled sends have left."""

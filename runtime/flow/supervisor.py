@@ -67,9 +67,9 @@ class Supervisor:
         self._source_scope: anyio.CancelScope | None = None
 
     def drain(self) -> None:
-        """A source stops at its next checkpoint; what it had begun to send is still sent."""
+        """A source stops by itself or at its next checkpoint; what it had begun to send is still sent."""
         self._draining = True
-        if self._source_scope is not None:
+        if self._source_scope is not None and not self.operator.drain():
             self._source_scope.cancel()
 
     async def live(self, start: anyio.Event, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -186,9 +186,7 @@ class Supervisor:
         elif left := self._custody.take_all():
             self.unaccounted = len(left)
             self._ledger.settle([(request, Outcome.ERROR) for request, _ in endings_of(left)])
-        for channels in self._channels.values():
-            for channel in channels:
-                channel.close_sender()
+        await self._outlet.end()
         if not self.is_source and not self._inlet.ended and (refused := await self._inlet.refuse_rest()):
             log.warning("operator %r ended before its inputs: %d more records were refused", self.name, refused)
 

@@ -14,7 +14,9 @@ from sageLLM.runtime.calls import FutureCaller
 
 
 def calls_of(*requests):
-    return [(request, FutureCaller()) for request in requests]
+    for request in requests:
+        request.caller = FutureCaller(request)
+    return [*requests]
 
 
 def test_each_submitted_request_is_emitted_once_in_order(on_loop, null_engine):

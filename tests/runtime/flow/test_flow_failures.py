@@ -227,6 +227,47 @@ async def test_a_drain_stops_the_sources_and_finishes_what_is_in(lab, buffer):
     assert [record.request_id for record in lab.got()] == [f"r{n}" for n in range(counts["accepted"])]
 
 
+async def test_a_source_that_drains_by_itself_waits_for_its_results(lab):
+    """As one does that answers on connections: it takes no more, and stays until each request has its answer."""
+
+    class Answering(lab.Source):
+        count = None
+
+        async def open(self):
+            await super().open()
+            self.drained, self.answered, self.told = anyio.Event(), anyio.Event(), 0
+            self.context.ledger.on_settled(self.hear)
+
+        def hear(self, settled):
+            self.told += len(settled)
+            if self.told == 10:
+                self.answered.set()
+
+        def drain(self):
+            self.drained.set()
+            return True
+
+        async def run(self, inlet, out):
+            requests = [Request(f"r{n}", prompt="p") for n in range(10)]
+            await self.drained.wait()
+            await out.send(requests)
+            await out.end()
+            await out.end()
+            await self.answered.wait()
+            self.note("answered")
+
+    flow = lab.flow(
+        {"source": Answering, "hold": lab.Hold, "complete": lab.Complete, "sink": lab.Sink},
+        ["source -> hold -> complete -> sink"],
+    )
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(flow.run)
+        await anyio.sleep(0.05)
+        flow.drain("enough")
+    assert lab.counts() == {"accepted": 10, "done": 10}
+    assert lab.diary.index("source answered") < lab.diary.index("source close")
+
+
 async def test_a_drain_before_the_run_leaves_nothing_to_do(lab):
     flow = lab.flow({"source": (lab.Source, {"count": None}), "sink": lab.Sink}, ["source -> sink"])
     flow.drain("never mind")

@@ -65,6 +65,27 @@ def test_a_copied_request_is_told_for_each_object_when_that_ends():
     assert ledger.counters()["error"] == 1 and ledger.counters()["in_flight"] == 0
 
 
+def test_the_copies_of_a_request_are_those_that_are_in_flight():
+    ledger, one, other = Ledger(), request(), request()
+    ledger.accept([one, other])
+    assert ledger.copies_of(one) == [one]
+    twin = copy(one)
+    ledger.fork_request(one, twin)
+    assert ledger.copies_of(one) == ledger.copies_of(twin) == [one, twin]
+    ledger.settle([(one, Outcome.DONE)])
+    assert ledger.copies_of(one) == ledger.copies_of(twin) == [twin]
+    assert ledger.copies_of(other) == [other]
+    ledger.settle([(twin, Outcome.DONE), (other, Outcome.DONE)])
+    assert ledger.copies_of(one) == ledger.copies_of(other) == []
+
+
+def test_what_is_refused_for_want_of_room_is_accepted_and_shed():
+    ledger = Ledger()
+    ledger.accept_shed(3)
+    ledger.check()
+    assert (ledger.accepted, ledger.counters()["shed"]) == (3, 3)
+
+
 def test_the_dead_letter_of_a_cancelled_request_counts_as_cancelled():
     one = request()
     assert outcome_of(DeadLetter("gone", request=one)) is Outcome.ERROR
