@@ -44,7 +44,7 @@ class PrefillWorker(Worker):
         Raises:
             EngineClosedError: the worker has failed.
         """
-        self._put(self._let_go, sequences)
+        self._put(self._residents.let_go, sequences)
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
         for index, error in result.failed_exports.items():
@@ -70,31 +70,16 @@ class PrefillWorker(Worker):
 
     def _fail_handover(self, owner: ResidentSequence, error: str) -> None:
         owner.sequence.error = f"its KV could not be handed over to decode: {error}"
-        self._end_sequence(owner, FinishReason.ERROR)
+        self._residents.end(owner, FinishReason.ERROR)
 
     def post(self) -> None:
-        for sequence in self._prefilled:
-            owner = self._resident.get(id(sequence.request))
+        for sequence in self._residents.prefilled:
+            owner = self._residents.find(sequence.request)
             for slot in owner.slots if owner is not None else ():
                 row = self._table.rows[slot]
                 assert row is not None
                 row.choice.output_tokens = self._table.outputs[slot, : self._table.outputs_read[slot]].tolist()
         super().post()
-
-    def _let_go(self, sequences: list[Sequence]) -> None:
-        for sequence in sequences:
-            owner = self._resident.pop(id(sequence.request), None)
-            if owner is None:
-                continue
-            slots = owner.slots
-            self.blocks.forget(slots)
-            self._collector.forget(slots)
-            for slot in slots:
-                self._executor.release(slot)
-            self._table.vacate(slots)
-            self._leases.give_back_slots(slots)
-            self._leases.let_go(sequence, owner.lease)
-        self._returned = True
 
 
 class DecodeWorker(Worker):
@@ -108,6 +93,7 @@ class DecodeWorker(Worker):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._residents.before_end = self._keep_blocks_of
         self._leases.on_freed = lambda: self.on_leases_returned()
         self._kept: deque[tuple[int, NDArray[np.int32]]] = deque()  # until so many steps have been read
 
@@ -130,10 +116,9 @@ class DecodeWorker(Worker):
         super().abandon(error)
         self._let_go_of_read()
 
-    def _end_rows(self, endings: list[Ending]) -> None:
-        if endings and self._unread:
+    def _keep_blocks_of(self, endings: list[Ending]) -> None:
+        if self._unread:
             self._keep(self._table.all_blocks([slot for slot, _ in endings]))
-        super()._end_rows(endings)
 
     def _keep(self, blocks: NDArray[np.int32]) -> None:
         if len(blocks):
@@ -144,7 +129,7 @@ class DecodeWorker(Worker):
         read = self.steps - len(self._unread)
         while self._kept and self._kept[0][0] <= read:
             self._kv.release(self._kept.popleft()[1])
-            self._returned = True
+            self._residents.leases_returned = True
 
     def _start_decode(self, sequences: list[Sequence]) -> None:
         lost = [owner for owner in map(self._take_over, sequences) if owner is not None and not owner.lease.blocks.size]
@@ -159,9 +144,7 @@ class DecodeWorker(Worker):
         assert sent.handover is not None
         lease = sent.handover.lease
         owner = ResidentSequence(sequence, lease, lease.slots, posted=True)
-        self._resident[id(sequence.request)] = owner  # before it arrives, as in `_admit`
-        if not self._leases.arrive(sequence):
-            del self._resident[id(sequence.request)]
+        if not self._residents.enter(owner):
             return None
         lease.commit_outputs = sent.commit_outputs
         sequence.kv = lease
@@ -182,12 +165,12 @@ class DecodeWorker(Worker):
     def _enter(self, slot: int, row: Row) -> None:
         table, sequence = self._table, row.owner.sequence
         tokens = np.array(row.choice.output_tokens, np.int32)
-        table.occupy(slot, row, RowState.HELD, self._timeouts.end_of_running(sequence).at)
+        table.occupy(slot, row, RowState.HELD, self._residents.timeouts.end_of_running(sequence).at)
         table.outputs[slot, : len(tokens)] = tokens
         table.outputs_read[slot] = table.launched[slot] = len(tokens)
         table.first_time[slot] = table.last_time[slot] = sequence.timings.first_token
-        self._collector.watch(slot, sequence)
-        self._collector.push(slot, row.choice.output_tokens)
+        self._residents.collector.watch(slot, sequence)
+        self._residents.collector.push(slot, row.choice.output_tokens)
         self._executor.admit(slot, sequence, row.choice.index)
         self._executor.readmit(slot, tokens)
 
