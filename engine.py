@@ -20,11 +20,11 @@ from .config import SageLLMConfig
 from .errors import EngineClosedError, NotAvailableError, RequestError
 from .operators.sources.request_format import request_from_fields
 from .records import Choice, Completion, DeadLetter, FinishReason, Request, TokenDelta
-from .runtime.calls import Caller, FutureCaller, letter_of
+from .runtime.calls import Caller, EndCaller, FutureCaller, letter_of
 from .runtime.flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
     from types import TracebackType
 
     from .records import TokenLogprobs
@@ -213,14 +213,16 @@ class SageLLMEngine:
             self._started.set_result(None)
             await flow.run()
 
-    def shutdown(self) -> None:
-        """Finish what is in flight, then stop; later calls raise EngineClosedError. May be called twice."""
+    def shutdown(self, cancel: bool = False) -> None:
+        """Finish what is in flight, or `cancel` it, then stop; later calls raise EngineClosedError. Twice is once."""
         with self._lock:
             if self._thread is None:
                 return
             wait([self._started])  # while the model loads there is nothing to close yet
             if self._services is not None:
                 self._services.calls.close("the engine was shut down")
+                if cancel:
+                    self._services.cancel(self._services.calls.open_requests())
             self._forget()
 
     def _forget(self) -> None:
@@ -258,7 +260,7 @@ class SageLLMEngine:
         return [_to_output(record, strict=False) for record in self._compute(request)]
 
     def _compute(self, requests: Sequence[GenerateRequest]) -> list[Completion | DeadLetter]:
-        services = self._running_services()
+        services = self.services
         results = [_to_record_or_letter(request) for request in requests]
         good = [record for record in results if isinstance(record, Request)]
         callers = [FutureCaller(record) for record in good]
@@ -272,7 +274,36 @@ class SageLLMEngine:
             raise
         return [ends[id(result)] if isinstance(result, Request) else result for result in results]
 
-    def _running_services(self) -> EngineServices:
+    def submit(self, calls: Sequence[tuple[Request, Callable[[Completion | DeadLetter], None]]]) -> None:
+        """Hand over requests and return at once; each one's function is called with its end.
+
+        That happens exactly once, in the order in which they end, on the engine's thread: the function must neither
+        block nor raise. A request that is shut down or fails ends with a DeadLetter. The scheduler's timeouts hold for
+        requests that are `interactive`.
+
+        Raises:
+            EngineClosedError: the engine is not initialized, was shut down, or has failed; then no function is called.
+        """
+        services = self.services
+        for request, on_end in calls:
+            request.caller = EndCaller(request, on_end)
+        services.calls.submit([request for request, _ in calls])
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """End requests that were submitted, soon; those that have ended stay as they are. From any thread.
+
+        Raises:
+            EngineClosedError: the engine is not running.
+        """
+        self.services.cancel([*requests])
+
+    @property
+    def services(self) -> EngineServices:
+        """What the running stages share: tokenizer, KV cache, leases, worker.
+
+        Raises:
+            EngineClosedError: the engine is not initialized or was shut down.
+        """
         if self._services is None:
             raise EngineClosedError("the engine is not running: call initialize(), or use it as a context manager")
         return self._services
@@ -306,7 +337,7 @@ class SageLLMEngine:
                         yield token
 
     async def _follow(self, request: Request) -> AsyncGenerator[TokenDelta | Completion | DeadLetter, None]:
-        services = self._running_services()
+        services = self.services
         caller = request.caller = _StreamCaller(request)
         services.calls.submit([request])
         ended = False

@@ -69,7 +69,7 @@ def measure_kv_tiers(
         folder = write_checkpoint(shape, Path(scratch) / "model")
         config = _config(folder, Path(scratch) / "kv", prefix_tokens, threads)
         with _start(config) as engine:
-            services = engine._running_services()
+            services = engine.services
             (tiers,) = services.tiers
             _time_first_token(engine, prompt()[-64:])
             report(f"computing {prefix_tokens} tokens ...")

@@ -12,6 +12,7 @@ from .flow.ledger import Outcome
 from .flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as Seq
 
     from ..records import Completion, Request, TokenDelta
@@ -41,6 +42,16 @@ class FutureCaller(Caller):
     def receive_end(self, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
         if not self.future.done():
             self.future.set_result(record or letter_of(self.request, outcome))
+
+
+class EndCaller(Caller):
+    """Passes the terminal record to a function, which must neither block nor raise."""
+
+    def __init__(self, request: Request, on_end: Callable[[Completion | DeadLetter], None]) -> None:
+        self._request, self._on_end = request, on_end
+
+    def receive_end(self, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
+        self._on_end(record or letter_of(self._request, outcome))
 
 
 def letter_of(request: Request, outcome: Outcome) -> DeadLetter:
@@ -89,6 +100,11 @@ class CallDesk:
         with self._lock:
             for request, _ in settled:
                 self._open.pop(id(request), None)
+
+    def open_requests(self) -> list[Request]:
+        """Those whose callers have not been told an end."""
+        with self._lock:
+            return [*self._open.values()]
 
     def close(self, reason: str) -> None:
         """Take no more requests; those that are in still get their results."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from concurrent.futures import Future
 
 import anyio
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from sageLLM import GenerateRequest, ModelConfig, SageLLMConfig, SageLLMEngine, SchedulerConfig
 from sageLLM.errors import EngineClosedError, ModelNotFoundError, RequestError
+from sageLLM.records import FinishReason, Request, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,33 @@ def test_n_choices_with_a_seed(engine):
     assert first.choices[0].output_tokens != first.choices[1].output_tokens
 
 
+def record(prompt, count=8):
+    sampling = SamplingParams(max_new_tokens=count, temperature=0.0, ignore_eos=True)
+    return Request("r", prompt_tokens=prompt, sampling=sampling)
+
+
+def submit(engine, records):
+    calls = [(each, Future()) for each in records]
+    engine.submit([(each, future.set_result) for each, future in calls])
+    return [future for _, future in calls]
+
+
+def test_submitted_records_end_in_a_function_of_the_callers(engine, greedy):
+    good, bad = record([5, 6, 7]), record([10**6])
+    completed, failed = (future.result() for future in submit(engine, [good, bad]))
+    assert completed.request is good
+    assert completed.output_tokens == greedy([5, 6, 7], 8)
+    assert failed.request is bad
+    assert "1000000" in failed.error
+
+
+def test_submitted_records_can_be_cancelled(engine):
+    endless = record([5, 6, 7], 250)
+    (future,) = submit(engine, [endless])
+    engine.cancel([endless])
+    assert future.result().finish_reason is FinishReason.CANCELLED
+
+
 def test_nothing_is_left_when_idle(engine):
     engine.generate([ask([i, 3, 4]) for i in range(20)])
     stats = engine.get_stats()
@@ -259,6 +288,16 @@ def test_shutdown_finishes_what_is_in_flight_and_refuses_the_rest(folder):
     with pytest.raises(EngineClosedError):
         engine.generate(ask([1, 2]))
     assert engine.get_stats()["initialized"] is False
+
+
+def test_shutdown_can_cancel_what_is_in_flight(folder):
+    config = SageLLMConfig(model=ModelConfig(model_id=str(folder)), scheduler=SchedulerConfig(max_batch_size=2))
+    with SageLLMEngine(config) as engine:
+        futures = submit(engine, [record([n, 6, 7], 250) for n in range(40)])
+        engine.shutdown(cancel=True)
+        assert {future.result(0).finish_reason for future in futures} == {FinishReason.CANCELLED}
+        with pytest.raises(EngineClosedError, match="initialize"):
+            submit(engine, [record([1])])
 
 
 def test_a_model_that_does_not_exist_is_one_clear_error(monkeypatch):
