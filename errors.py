@@ -57,7 +57,11 @@ class CheckpointError(ModelError):
 
 
 class RequestError(SageLLMError):
-    """One request is bad. The record becomes a dead letter and the stream goes on."""
+    """One request is bad. The record becomes a dead letter and the stream goes on. `param` is the first bad field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class SourceChangedError(SageLLMError):

@@ -258,12 +258,16 @@ class Completion:
 
 @dataclass(slots=True, eq=False)
 class DeadLetter:
-    """The terminal record of a request that was not computed, or of a line that is no request."""
+    """The terminal record of a request that was not computed, or of a line that is no request.
+
+    `blames_request`: the request itself is at fault, and would fail again; otherwise it met a failure of ours.
+    """
 
     error: str
     raw: str = ""
     src: SourcePosition | None = None
     request: Request | None = None
+    blames_request: bool = False
 
     @property
     def request_id(self) -> str | None:

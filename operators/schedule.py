@@ -97,7 +97,8 @@ class Schedule(Operator[ScheduleConfig]):
                     pins.check(sequence, leases.prompt_blocks(sequence), leases.max_blocks(sequence))
                     self._waiting.offer(sequence)
                 except RequestError as error:
-                    refused.append(DeadLetter(str(error), src=sequence.request.src, request=sequence.request))
+                    request = sequence.request
+                    refused.append(DeadLetter(str(error), src=request.src, request=request, blames_request=True))
             if refused:
                 await out.reject(refused)
             self._wake()

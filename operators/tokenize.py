@@ -53,7 +53,7 @@ class Tokenize(Operator[OperatorConfig]):
             try:
                 sequences.append(self._build(request, ids))
             except RequestError as error:
-                letters.append(DeadLetter(str(error), src=request.src, request=request))
+                letters.append(DeadLetter(str(error), src=request.src, request=request, blames_request=True))
         if sequences:
             await out.send(sequences)
         if letters:

@@ -49,7 +49,6 @@ class OpenAIFields(TypedDict, total=False):
     echo: Off
     best_of: One
     suffix: Null
-    stream_options: Null
     audio: Null
     prediction: Null
     reasoning_effort: Null

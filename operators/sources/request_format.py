@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from ...errors import RequestError
 from ...records import Request, SamplingParams
-from .openai_fields import OpenAIFields
+from .openai_fields import Null, Off, OpenAIFields
 
 if TYPE_CHECKING:
     from ...records import SourcePosition
@@ -104,6 +104,33 @@ class BatchBody(RequestFields, OpenAIFields, total=False):
     prompt: str | Tokens | None
     logprobs: bool | Alternatives | None
     top_logprobs: Alternatives | None
+    stream_options: Null
+
+
+@with_config(_STRICT)
+class StreamOptions(TypedDict, total=False):
+    """`include_obfuscation` asks for padding that hides lengths; chunks have none, so only false is taken."""
+
+    include_usage: bool | None
+    include_obfuscation: Off
+
+
+@with_config(_STRICT)
+class ChatBody(RequestFields, OpenAIFields, total=False):
+    """The body of POST /v1/chat/completions."""
+
+    logprobs: bool | None
+    top_logprobs: Alternatives | None
+    stream_options: StreamOptions | None
+
+
+@with_config(_STRICT)
+class CompletionBody(RequestFields, OpenAIFields, total=False):
+    """The body of POST /v1/completions. A list of prompts gives `n` choices for each of them, in order."""
+
+    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)] | None
+    logprobs: Alternatives | None
+    stream_options: StreamOptions | None
 
 
 @with_config(_STRICT)
@@ -115,7 +142,7 @@ class BatchLine(TypedDict, total=False):
 
 
 @cache  # built at the first line, not at import: it takes tens of milliseconds
-def _adapter(form: type[Any]) -> TypeAdapter[dict[str, Any]]:
+def _adapter(form: Any) -> TypeAdapter[dict[str, Any]]:
     return TypeAdapter(form)
 
 
@@ -132,11 +159,20 @@ def parse_request(line: bytes, default_id: str, src: SourcePosition | None = Non
         RequestError: the line is no request; the message names each field that is wrong and what to write instead.
     """
     batch = (b'"body"' in line or b'"custom_id"' in line) and _is_batch_line(line)
-    try:
-        data = _adapter(BatchLine if batch else RequestLine).validate_json(line)
-    except ValidationError as error:
-        raise RequestError(_explain(error, line, batch)) from None
+    data = parse_json(BatchLine if batch else RequestLine, line)
     return _from_batch_line(data, src) if batch else _from_request_line(data, default_id, src)
+
+
+def parse_json(form: Any, data: bytes) -> dict[str, Any]:
+    """Read JSON that must have the form of a TypedDict of this module.
+
+    Raises:
+        RequestError: it has not; the message names each field that is wrong, and `param` the first of them.
+    """
+    try:
+        return _adapter(form).validate_json(data)
+    except ValidationError as error:
+        raise _explain(error, data, form) from None
 
 
 def request_from_fields(fields: dict[str, Any], default_id: str) -> Request:
@@ -148,7 +184,7 @@ def request_from_fields(fields: dict[str, Any], default_id: str) -> Request:
     try:
         data = _adapter(RequestLine).validate_python(fields)
     except ValidationError as error:
-        raise RequestError(_explain(error, b"", batch=False)) from None
+        raise _explain(error, b"", RequestLine) from None
     return _from_request_line(data, default_id, None)
 
 
@@ -167,20 +203,29 @@ def _from_request_line(data: dict[str, Any], default_id: str, src: SourcePositio
 
 def _from_batch_line(data: dict[str, Any], src: SourcePosition | None) -> Request:
     body = data["body"]
-    if isinstance(body.get("prompt"), list):
-        if body.get("prompt_tokens") is not None:
-            raise RequestError("body: found prompt and prompt_tokens: write one of them")
-        body["prompt_tokens"] = body.pop("prompt")
     chat = body.get("messages") is not None
     url = data.get("url")
     if url is not None and chat != (url == "/v1/chat/completions"):
         raise RequestError(f"url {url} takes body.{'prompt' if chat else 'messages'}, found another kind of body")
+    return request_from_body(body, data["custom_id"], src)
+
+
+def request_from_body(body: dict[str, Any], request_id: str, src: SourcePosition | None = None) -> Request:
+    """Make a request of a checked body of OpenAI's chat or text completions, with one prompt.
+
+    Raises:
+        RequestError: fields do not go together.
+    """
+    if isinstance(body.get("prompt"), list):
+        if body.get("prompt_tokens") is not None:
+            raise RequestError("found prompt and prompt_tokens: write one of them", "prompt")
+        body["prompt_tokens"] = body.pop("prompt")
     logprobs, top = body.get("logprobs"), body.get("top_logprobs")
     if top is not None and logprobs is not True:
-        raise RequestError("body.top_logprobs needs body.logprobs: true")
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     if isinstance(logprobs, bool):
         logprobs = (top or 0) if logprobs else None
-    return _build(body, data["custom_id"], logprobs, src)
+    return _build(body, request_id, logprobs, src)
 
 
 def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: SourcePosition | None) -> Request:
@@ -201,7 +246,9 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         sampling["logprobs"] = logprobs
     params = SamplingParams(**sampling) if "logit_bias" in sampling else _shared_params(tuple(sampling.items()))
     if params.min_tokens > params.max_new_tokens:
-        raise RequestError(f"min_tokens {params.min_tokens} is more than max_new_tokens {params.max_new_tokens}")
+        raise RequestError(
+            f"min_tokens {params.min_tokens} is more than max_new_tokens {params.max_new_tokens}", "min_tokens"
+        )
     return Request(
         request_id,
         prompt,
@@ -244,19 +291,20 @@ def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     return message
 
 
-def _explain(error: ValidationError, line: bytes, batch: bool) -> str:
+def _explain(error: ValidationError, line: bytes, form: type[Any]) -> RequestError:
     problems: dict[str, list[str]] = {}
     for detail in error.errors(include_url=False):
         kind, loc = detail["type"], [str(part) for part in detail["loc"]]
         if kind == "json_invalid":
-            return _explain_syntax(detail["ctx"]["error"], line)
+            return RequestError(_explain_syntax(detail["ctx"]["error"], line))
         if kind == "dict_type" and not loc:
-            return f'found a JSON {_json_type(detail["input"])}: write an object such as {{"prompt": "..."}}'
+            found = _json_type(detail["input"])
+            return RequestError(f'found a JSON {found}: write an object such as {{"prompt": "..."}}')
         field = ".".join(part for part in loc if part not in _UNION_BRANCHES)
         said = problems.setdefault(field, [])
         message = detail["msg"].removeprefix("Input should be ")
         if kind == "extra_forbidden":
-            said.append(_explain_unknown(loc, batch))
+            said.append(_explain_unknown(loc, form))
         elif kind == "missing":
             said.append(f"missing field '{field}'")
         elif said:
@@ -265,7 +313,7 @@ def _explain(error: ValidationError, line: bytes, batch: bool) -> str:
             should = "should be " if message != detail["msg"] else "but "
             message = message.removeprefix("Value error, ")
             said.append(f"{field}: found {_short(detail['input'])}, {should}{message[0].lower()}{message[1:]}")
-    return "; ".join("".join(said) for said in problems.values())
+    return RequestError("; ".join("".join(said) for said in problems.values()), next(iter(problems)) or None)
 
 
 def _explain_syntax(reason: str, line: bytes) -> str:
@@ -276,12 +324,20 @@ def _explain_syntax(reason: str, line: bytes) -> str:
     return f"not JSON: {reason.replace('at line 1 column', 'at column')}"
 
 
-def _explain_unknown(loc: list[str], batch: bool) -> str:
-    form: Any = TextPart if len(loc) > 2 else (BatchBody if loc[0] == "body" else BatchLine) if batch else RequestLine
-    fields = sorted(get_type_hints(form))
+def _explain_unknown(loc: list[str], form: type[Any]) -> str:
+    fields = sorted(get_type_hints(_form_at(loc, form)))
     near = get_close_matches(loc[-1], fields, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(fields)}"
     return f"unknown field '{'.'.join(loc)}': {hint}"
+
+
+def _form_at(loc: list[str], form: type[Any]) -> Any:
+    """The form that the last field of a place should belong to."""
+    if "stream_options" in loc[:-1]:
+        return StreamOptions
+    if len(loc) > 2:
+        return TextPart
+    return BatchBody if form is BatchLine and loc[0] == "body" else form
 
 
 def _short(value: Any) -> str:

@@ -278,7 +278,7 @@ def test_batch_lines_that_are_wrong():
     assert refuse(custom_id="c", body={"prompt": "a", "max_tokn": 1}).endswith("did you mean 'max_tokens'?")
     assert refuse(custom_id="c", metod="POST", body={"prompt": "a"}).endswith("did you mean 'method'?")
     assert refuse(**batch({"prompt": "a"})).startswith("url /v1/chat/completions takes body.messages")
-    assert refuse(custom_id="c", body={"prompt": "a", "top_logprobs": 1}).endswith("needs body.logprobs: true")
+    assert refuse(custom_id="c", body={"prompt": "a", "top_logprobs": 1}).endswith("top_logprobs needs logprobs: true")
     image = [{"role": "user", "content": [{"type": "image_url", "text": ""}]}]
     assert "should be 'text'" in refuse(**batch({"messages": image}))
 
