@@ -19,13 +19,16 @@ import anyio
 from .config import SageLLMConfig
 from .errors import EngineClosedError, NotAvailableError, RequestError
 from .operators.sources.request_format import request_from_fields
-from .records import Choice, Completion, DeadLetter, FinishReason, Request, TokenDelta
+from .records import Choice, Completion, DeadLetter, FinishReason, Pooling, Request, TokenDelta
 from .runtime.calls import Caller, EndCaller, FutureCaller, letter_of
 from .runtime.flow.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
     from types import TracebackType
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from .records import TokenLogprobs
     from .runtime.flow.flow import Flow
@@ -256,12 +259,29 @@ class SageLLMEngine:
             EngineClosedError: the engine is not initialized, was shut down, or has failed.
         """
         if isinstance(request, (GenerateRequest, str, dict)):
-            return _to_output(self._compute([request])[0], strict=True)
-        return [_to_output(record, strict=False) for record in self._compute(request)]
+            return _to_output(self._compute([_to_record(request)])[0], strict=True)
+        results = [_to_record_or_letter(each) for each in request]
+        return [_to_output(record, strict=False) for record in self._compute(results)]
 
-    def _compute(self, requests: Sequence[GenerateRequest]) -> list[Completion | DeadLetter]:
+    def embed(
+        self, prompts: Sequence[str | Sequence[int]], pooling: Pooling | str = Pooling.MEAN
+    ) -> list[NDArray[np.float32]]:
+        """The embeddings [hidden] of texts, or of lists of token ids, in order: each of length 1, as OpenAI's are.
+
+        `pooling` "mean" takes the mean of the hidden states of all tokens, "last" that of the last token. An
+        interrupted call cancels its requests.
+
+        Raises:
+            RequestError: a prompt or `pooling` is bad, or a prompt failed.
+            EngineClosedError: the engine is not initialized, was shut down, or has failed.
+        """
+        if isinstance(prompts, str):
+            raise RequestError(f"found {prompts!r:.60}: write a list of texts, as in embed(['...'])")
+        records = self._compute([_to_pooled_record(prompt, pooling) for prompt in prompts])
+        return [_to_embedding(record) for record in records]
+
+    def _compute(self, results: list[Request | DeadLetter]) -> list[Completion | DeadLetter]:
         services = self.services
-        results = [_to_record_or_letter(request) for request in requests]
         good = [record for record in results if isinstance(record, Request)]
         callers = [FutureCaller(record) for record in good]
         try:
@@ -386,6 +406,13 @@ def _to_record(request: GenerateRequest, stream: bool = False) -> Request:
     return request.to_record(stream)
 
 
+def _to_pooled_record(prompt: str | Sequence[int], pooling: Pooling | str) -> Request:
+    given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_tokens": _to_ids("prompts", prompt)}
+    request = request_from_fields({**given, "pooling": pooling}, uuid.uuid4().hex)
+    request.interactive = True
+    return request
+
+
 def _to_record_or_letter(request: GenerateRequest) -> Request | DeadLetter:
     """A bad request in a list does not keep the others from being sent."""
     try:
@@ -421,6 +448,14 @@ def _to_output(record: Completion | DeadLetter, strict: bool) -> GenerateOutput:
         record.choices,
         record.prompt_logprobs,
     )
+
+
+def _to_embedding(record: Completion | DeadLetter) -> NDArray[np.float32]:
+    if isinstance(record, DeadLetter):
+        raise RequestError(record.error)
+    if record.embedding is None:
+        raise RequestError(f"the request ended with {record.finish_reason}")
+    return record.embedding
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -31,6 +31,13 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Pooling(StrEnum):
+    """Of which hidden states, after the model's final norm, a prompt's embedding is the mean."""
+
+    MEAN = "mean"  # those of all its tokens
+    LAST = "last"  # that of its last token
+
+
 class SourcePosition(NamedTuple):
     """Where a record came from: enough to find the line again and to know that it is the same file."""
 
@@ -86,7 +93,10 @@ class SamplingParams:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One request as a source read it: exactly one of `prompt`, `messages`, `prompt_tokens` is set."""
+    """One request as a source read it: exactly one of `prompt`, `messages`, `prompt_tokens` is set.
+
+    With `pooling` it asks for the prompt's embedding instead of an output: nothing is sampled.
+    """
 
     request_id: str
     prompt: str | None = None
@@ -94,6 +104,7 @@ class Request:
     prompt_tokens: list[int] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stream: bool = False  # emit a TokenDelta per step, not only the Completion
+    pooling: Pooling | None = None
     tenant: str = ""
     cache_salt: str = ""
     pin: bool = False  # keep its prompt's KV cached until it is unpinned
@@ -150,6 +161,7 @@ class Sequence:
     eos_token_ids: tuple[int, ...] = ()
     choices: list[Choice] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: NDArray[np.float32] | None = None  # [hidden], of length 1: where the request asks for pooling
     timings: Timings = field(default_factory=Timings)
     prefix_hit_tokens: int = 0
     kv: Any = None  # a PrefixHint after kv_lookup, the Lease from schedule to the end of decode
@@ -213,7 +225,8 @@ class Completion:
     """The terminal record of a request that was computed.
 
     Its properties are the names of an output line: `text`, `output_tokens`, `finish_reason` and `logprobs` are the
-    first choice's.
+    first choice's. `embedding` [hidden], of length 1, is set where the request asked for pooling and ended after its
+    prompt was computed; there is one choice then, without tokens.
     """
 
     request: Request
@@ -221,6 +234,7 @@ class Completion:
     prompt_length: int
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: NDArray[np.float32] | None = None
 
     @property
     def request_id(self) -> str:

@@ -1,6 +1,6 @@
 """One decoder for every family: Llama, Mistral, Qwen2 and Qwen3 differ in biases, head norms and rope only.
 
-Shape letters: T tokens of a step, R rows that want logits, H query heads, K kv heads, D head dim, V vocabulary,
+Shape letters: T tokens of a step, R rows that are wanted, H query heads, K kv heads, D head dim, V vocabulary,
 N blocks of the pool, L layers, P tokens of a block.
 """
 
@@ -70,20 +70,20 @@ class DecoderModel:
         input_ids: Tensor,
         layout: StepLayout,
         kv: Tensor,
-        logit_rows: Tensor | None = None,
+        rows: Tensor | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Run one step: write the K and V of its tokens to the pool, return logits.
+        """Run one step: write the K and V of its tokens to the pool, return their hidden states after the final norm.
 
         Args:
             input_ids: [T] int64, on the host or the device.
             layout: how the tokens lie; see `StepLayout`.
             kv: the pool [N, L, 2, K, P, D], updated in place.
-            logit_rows: [R] int64, the tokens of the step whose logits are wanted; None is all of them.
+            rows: [R] int64, the tokens of the step whose hidden states are wanted; None is all of them.
             on_layer: called with each layer's number when its K and V are written (on a GPU: queued).
 
         Returns:
-            Logits [R, V] in float32, on the device.
+            Hidden states [R, hidden] in the model's dtype, on the device.
         """
         backend, config = self.backend, self.config
         device = backend.device
@@ -99,8 +99,8 @@ class DecoderModel:
         plan = backend.plan_attention(layout, kv, num_heads)
         positions = layout.positions.to(device, non_blocking=True)
         cos, sin = self._cos[positions], self._sin[positions]
-        if logit_rows is not None:
-            logit_rows = logit_rows.to(device, non_blocking=True)
+        if rows is not None:
+            rows = rows.to(device, non_blocking=True)
         hidden = self._embedding[input_ids.to(device, non_blocking=True)].to(self.kv_dtype)
         x = backend.rms_norm(hidden, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
@@ -114,10 +114,14 @@ class DecoderModel:
             if on_layer is not None:
                 on_layer(index)
             attended = attended.reshape(tokens, num_heads * head_dim)
-            if index == last and logit_rows is not None:
-                attended, hidden = attended[logit_rows], hidden[logit_rows]
+            if index == last and rows is not None:
+                attended, hidden = attended[rows], hidden[rows]
             x, hidden = backend.add_rms_norm(layer.output(attended), hidden, layer.mlp_norm, eps)
             x = layer.down(layer.gated(x))
             x, hidden = backend.add_rms_norm(x, hidden, layer.next_norm, eps)
-        logits: Tensor = self.lm_head(x)
-        return logits.float()
+        return x
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] in float32 of what `forward` returned [R, hidden]."""
+        return self.lm_head(hidden).float()

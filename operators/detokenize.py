@@ -52,9 +52,16 @@ class Detokenize(Operator[OperatorConfig]):
                 continue
             if record.request.stream:
                 sent += self._rest_of(record)
-            sent.append(Completion(
-                record.request, record.choices, len(record.prompt_tokens), measure(record), record.prompt_logprobs
-            ))  # fmt: skip
+            sent.append(
+                Completion(
+                    record.request,
+                    record.choices,
+                    len(record.prompt_tokens),
+                    measure(record),
+                    record.prompt_logprobs,
+                    record.embedding,
+                )
+            )
         if len(self._streams) > self._sweep_above:
             self._sweep()
         if sent:

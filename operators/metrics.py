@@ -31,7 +31,7 @@ _HISTOGRAMS = {
     "e2e_request_latency_seconds": (_REQUEST_S, "From the request's arrival to its last token."),
     "request_queue_time_seconds": (_REQUEST_S, "From the request's arrival until it was scheduled."),
     "request_prompt_tokens": (_TOKENS, "Prompt tokens per request."),
-    "request_generation_tokens": (_TOKENS, "Output tokens per request, all choices."),
+    "request_generation_tokens": (_TOKENS, "Output tokens per request, all choices; embeddings have none."),
 }
 _BLOCK_HISTOGRAMS = {
     "lifetime": "From the storing of a KV block until it was evicted; of one run of blocks in eight, as all of these.",
@@ -173,7 +173,9 @@ class Figures:
         counters["prefix_cache_queries_total"] += sum(prompts)
         counters["prefix_cache_hits_total"] += sum(each.prefix_hit_tokens for each in metrics)
         histograms["request_prompt_tokens"].observe_all(prompts)
-        histograms["request_generation_tokens"].observe_all(outputs)
+        histograms["request_generation_tokens"].observe_all(
+            [length for each, length in zip(completions, outputs, strict=True) if each.request.pooling is None]
+        )
         histograms["request_queue_time_seconds"].observe_all([each.queue_ms / 1000 for each in metrics])
         histograms["e2e_request_latency_seconds"].observe_all([each.e2e_ms / 1000 for each in metrics])
         histograms["time_to_first_token_seconds"].observe_all(

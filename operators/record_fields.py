@@ -20,7 +20,8 @@ RECORD_TYPES: dict[RecordKind, type] = {
     RecordKind.DEAD_LETTER: DeadLetter,
     RecordKind.KV_EVENT: KVEvent,
 }
-_ARRAYS = {"NDArray": list, "np": SimpleNamespace(int32=int)}  # records.py imports numpy for type checkers only
+# records.py imports numpy for type checkers only
+_ARRAYS = {"NDArray": list, "np": SimpleNamespace(int32=int, float32=float)}
 
 
 class NoSuchFieldError(LookupError):

@@ -91,7 +91,8 @@ class Schedule(Operator[ScheduleConfig]):
             for sequence in records:
                 try:
                     check_heeded(sequence.request, policy)
-                    check_sampling(sequence.sampling, vocab_size)
+                    if sequence.request.pooling is None:
+                        check_sampling(sequence.sampling, vocab_size)
                     self._leases.check_fits(sequence)
                     leases, pins = self._leases, self.context.engine.pins
                     pins.check(sequence, leases.prompt_blocks(sequence), leases.max_blocks(sequence))

@@ -9,7 +9,7 @@ import anyio
 
 from ..config import InferenceMode
 from ..errors import RequestError
-from ..records import DeadLetter, Request, SamplingParams, Sequence
+from ..records import DeadLetter, Pooling, Request, SamplingParams, Sequence
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.worker.sampling_checks import check_sampling
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _CHARACTERS_WORTH_A_THREAD = 20_000  # about 2 ms of encoding
+_NOTHING = SamplingParams(max_new_tokens=0).with_defaults()
 
 
 @operator("tokenize")
@@ -98,11 +99,14 @@ class Tokenize(Operator[OperatorConfig]):
             raise ids
         prompt = self._check_ids(ids)
         room = self._model.max_seq_len - len(prompt)
-        if room < 1:
+        wanted = 0 if request.pooling is not None else 1
+        if room < wanted:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and the model's context {self._model.max_seq_len}: "
-                f"send at most {self._model.max_seq_len - 1}"
+                f"send at most {self._model.max_seq_len - wanted}"
             )
+        if request.pooling is not None:
+            return Sequence(request, prompt, self._sample_nothing(request))
         sampling = self._complete(request.sampling)
         if self.context.engine.config.inference_mode is InferenceMode.PREFILL_ONLY:
             room = 1
@@ -110,6 +114,21 @@ class Tokenize(Operator[OperatorConfig]):
             sampling = replace(sampling, max_new_tokens=room, min_tokens=min(sampling.min_tokens, room))
         eos_token_ids = () if sampling.ignore_eos else self._model.generation.eos_token_ids
         return Sequence(request, prompt, sampling, eos_token_ids)
+
+    def _sample_nothing(self, request: Request) -> SamplingParams:
+        config = self.context.engine.config
+        if request.sampling != SamplingParams():
+            raise RequestError("found pooling and sampling parameters: an embedding has no output, leave them out")
+        if (
+            request.pooling is Pooling.MEAN
+            and config.inference_mode is InferenceMode.DECODE_ONLY
+            and config.scheduler.on_transfer_failure == "fail"
+        ):
+            raise RequestError(
+                "pooling mean computes every token of the prompt, which DECODE_ONLY with on_transfer_failure fail "
+                "forbids: write pooling last, or have the prompt computed elsewhere"
+            )
+        return _NOTHING
 
     def _check_ids(self, ids: list[int]) -> NDArray[np.int32]:
         if len(ids) == 0:

@@ -1,13 +1,14 @@
 """How a terminal record looks as a line of JSON.
 
     {"request_id", "text", "output_tokens", "finish_reason", "usage", "metrics", "src"}      a Completion
+    {"request_id", "embedding", "finish_reason", "usage", "metrics", "src"}                  a Completion with pooling
     {"src", "line", "error", "raw"}                                                          a DeadLetter
     {"kv_event", "seq", "at", ...}                                                           a KVEvent
 
 A completion of n > 1 has `choices` too, its first one is also at the top. `logprobs` and `prompt_logprobs` are there
 if the request asked for them: one `{"token", "logprob", "top": [[token, logprob], ...]}` per position, null for the
-first prompt token. A logprob of minus infinity is null. Every other line has `src`, null if the
-record came from no file.
+first prompt token. `embedding` is null where the request ended before. A logprob of minus infinity is null. Every
+other line has `src`, null if the record came from no file.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ def dump_line(record: Completion | DeadLetter | KVEvent) -> bytes:
 
 def completion_fields(completion: Completion) -> dict[str, Any]:
     request, choices = completion.request, completion.choices
-    fields = {"request_id": request.request_id, **_choice_fields(choices[0])}
+    if request.pooling is None:
+        fields = {"request_id": request.request_id, **_choice_fields(choices[0])}
+    else:
+        embedding = None if completion.embedding is None else completion.embedding.tolist()
+        reason = choices[0].finish_reason
+        fields = {"request_id": request.request_id, "embedding": embedding, "finish_reason": reason}
     if len(choices) > 1:
         fields["choices"] = [{"index": choice.index, **_choice_fields(choice)} for choice in choices]
     if completion.prompt_logprobs is not None:

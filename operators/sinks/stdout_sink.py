@@ -20,7 +20,7 @@ _SLICE = 4096  # a pipe that is writable takes this much without blocking
 
 
 class StdoutSinkConfig(OperatorConfig):
-    """`json` prints the lines that jsonl_sink writes, `text` only what the model said: no KV events."""
+    """`json` prints the lines that jsonl_sink writes, `text` only what the model said: no embeddings, no KV events."""
 
     format: Literal["json", "text"] = "json"
 
@@ -91,6 +91,8 @@ edges:
         if isinstance(record, KVEvent):
             return b""
         assert isinstance(record, Completion)
+        if record.request.pooling is not None:
+            return b""
         request_id = record.request_id
         self._not_live.discard(request_id)
         shown = 0

@@ -2,10 +2,12 @@
 
     {"prompt": "2+2?", "max_new_tokens": 8, "temperature": 0}
     {"messages": [{"role": "user", "content": "2+2?"}], "id": "q1", "stop": "\\n"}
+    {"prompt": "a sentence", "pooling": "mean"}
     {"custom_id": "q1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 8}}
 
 A field that is null counts as absent. `max_tokens` and `max_completion_tokens` mean `max_new_tokens`, `id` means
-`request_id`. In a batch line the fields of openai_fields.py are accepted where they change nothing.
+`request_id`. With `pooling` the answer is the prompt's embedding, and what shapes an output is refused. In a batch line
+the fields of openai_fields.py are accepted where they change nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pydantic_core import from_json
 from typing_extensions import TypedDict
 
 from ...errors import RequestError
-from ...records import Request, SamplingParams
+from ...records import Pooling, Request, SamplingParams
 from .openai_fields import Null, Off, OpenAIFields
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class SamplingFields(TypedDict, total=False):
 
 
 _SAMPLING = frozenset(SamplingFields.__annotations__)
+_OF_OUTPUTS = _SAMPLING | {"max_new_tokens", "max_tokens", "max_completion_tokens", "logprobs", "stream"}
 
 
 class RequestFields(SamplingFields, total=False):
@@ -95,6 +98,7 @@ class RequestLine(RequestFields, total=False):
     id: Text | int | None
     prompt: str | None
     logprobs: Alternatives | None
+    pooling: Literal["mean", "last"] | None
 
 
 @with_config(_STRICT)
@@ -249,6 +253,9 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         raise RequestError(
             f"min_tokens {params.min_tokens} is more than max_new_tokens {params.max_new_tokens}", "min_tokens"
         )
+    pooling = data.get("pooling")
+    if pooling is not None:
+        _refuse_output(data)
     return Request(
         request_id,
         prompt,
@@ -256,6 +263,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         tokens,
         params,
         stream=bool(data.get("stream")),
+        pooling=None if pooling is None else Pooling(pooling),
         tenant=data.get("tenant") or "",
         cache_salt=data.get("cache_salt") or "",
         pin=bool(data.get("pin")),
@@ -264,6 +272,19 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         deadline_ms=data.get("deadline_ms"),
         src=src,
     )
+
+
+def _refuse_output(data: dict[str, Any]) -> None:
+    """Whoever asks for an embedding may not ask for an output."""
+    given = sorted(name for name in _OF_OUTPUTS if data.get(name) is not None and data[name] is not False)
+    if given:
+        raise RequestError(
+            f"found pooling and {', '.join(given)}: an embedding has no output to shape, leave them out", given[0]
+        )
+    if data.get("messages") is not None:
+        raise RequestError(
+            "found pooling and messages: write prompt or prompt_tokens, embeddings know no template", "messages"
+        )
 
 
 @lru_cache(maxsize=256)  # most lines of a file sample alike, and equal parameters may be one object

@@ -139,7 +139,7 @@ class PairedLeases:
     """Grants a lease on a prefill worker together with one on a decode worker, which is its `handover`.
 
     The prompt goes where most of it is cached or being computed and least waits; its decoding, where most blocks are
-    free. The interface is that of a `LeaseBook`.
+    free. One that is only pooled gets no second lease. The interface is that of a `LeaseBook`.
     """
 
     def __init__(self, prefill: list[LeaseBook], decode: list[DecodeLeases]) -> None:
@@ -250,6 +250,8 @@ class PairedLeases:
         return leases
 
     def _grant_pair(self, sequence: Sequence, route: LeaseBook) -> Lease | None:
+        if sequence.request.pooling is not None:  # nothing is decoded
+            return next(iter(route.grant([sequence])), None)
         for book in sorted(self.decode, key=lambda book: book.room()[1], reverse=True):
             if target := book.grant([sequence]):
                 break
@@ -267,7 +269,11 @@ class PairedLeases:
         for book in self.prefill:
             book.commit([sequence for sequence in sequences if sequence.kv.worker == book.worker])
         for target in self.decode:
-            target.commit_arrived([sequence for sequence in sequences if sequence.kv.handover.book is target])
+            target.commit_arrived([
+                sequence
+                for sequence in sequences
+                if sequence.kv.handover is not None and sequence.kv.handover.book is target
+            ])
 
     def prefix_computed(self, sequence: Sequence, lease: Lease) -> None:
         """See `LeaseBook.prefix_computed`."""

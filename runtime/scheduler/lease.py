@@ -12,6 +12,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import RequestError
+from ...records import Pooling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -142,7 +143,7 @@ class LeaseBook:
 
     def estimate_blocks(self, sequence: Sequence) -> int:
         """How many blocks a lease may take out of the pool: exact if the cache is as kv_lookup found it."""
-        cached = sequence.kv.tokens if isinstance(sequence.kv, PrefixHint) else 0
+        cached = sequence.kv.tokens if may_reuse(sequence) else 0
         return self.prompt_blocks(sequence) - cached // self.block_size
 
     def lease_blocks(self, sequence: Sequence) -> int:
@@ -374,8 +375,13 @@ class LeaseBook:
 
 
 def may_reuse(sequence: Sequence) -> bool:
-    """Whether cached prefixes serve it: kv_lookup has seen it, and no prompt logprobs need every position computed."""
-    return isinstance(sequence.kv, PrefixHint) and sequence.sampling.prompt_logprobs is None
+    """Whether cached prefixes serve it: kv_lookup has seen it, and not every position must be computed."""
+    return isinstance(sequence.kv, PrefixHint) and not needs_every_position(sequence)
+
+
+def needs_every_position(sequence: Sequence) -> bool:
+    """Whether it asks for something of all prompt positions, of which the cache keeps nothing but KV."""
+    return sequence.sampling.prompt_logprobs is not None or sequence.request.pooling is Pooling.MEAN
 
 
 def _share(one: Int32Array, other: Int32Array, start: int, end: int) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ...records import Pooling
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -25,6 +27,14 @@ class PromptChunk:
     is_last: bool  # what is known of the row is computed with it
     next_tokens: NDArray[np.int32] | None = None  # [length or length - 1]: set where prompt logprobs are asked for
     top_logprobs: int = 0
+    pooling: Pooling | None = None  # asked for by the row, which then is not sampled
+
+    @property
+    def num_pooled(self) -> int:
+        """Of how many tokens, the last ones, the hidden states are wanted."""
+        if self.pooling is Pooling.MEAN:
+            return len(self.tokens)
+        return int(self.pooling is Pooling.LAST and self.is_last)
 
 
 @dataclass(slots=True, eq=False)
@@ -66,11 +76,15 @@ class StepPlan:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step produced, on the host. Logprob arrays are None where no row asked for them."""
+    """What a step produced, on the host. Logprob arrays are None where no row asked for them.
+
+    `pooled` is the sum [hidden] of the hidden states that each chunk's pooling wants.
+    """
 
     tokens: NDArray[np.int64]  # [R]
     logprobs: NDArray[np.float32] | None = None  # [R]
     top_ids: NDArray[np.int64] | None = None  # [R, k]
     top_logprobs: NDArray[np.float32] | None = None  # [R, k]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # by chunk index
+    pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # by chunk index
     failed_exports: dict[int, str] = field(default_factory=dict)  # by export index: what went wrong

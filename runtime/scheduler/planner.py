@@ -123,17 +123,19 @@ class Planner:
             end = min(target, start + budget)
             tokens = table.tokens(slot, target)
             chunk = PromptChunk(slot, epoch, start, tokens[start:end], end == target)
-            self._ask_prompt_logprobs(chunk, tokens)
+            self._ask_beside_tokens(chunk, tokens)
             chunks.append(chunk)
             budget -= end - start
             if budget <= 0:
                 break
         return chunks
 
-    def _ask_prompt_logprobs(self, chunk: PromptChunk, tokens: NDArray[np.int32]) -> None:
+    def _ask_beside_tokens(self, chunk: PromptChunk, tokens: NDArray[np.int32]) -> None:
         row = self._table.rows[chunk.slot]
         assert row is not None
-        wanted = row.owner.sequence.sampling.prompt_logprobs
+        sequence = row.owner.sequence
+        chunk.pooling = sequence.request.pooling
+        wanted = sequence.sampling.prompt_logprobs
         if wanted is None or self._table.outputs_read[chunk.slot] > 0:
             return
         chunk.next_tokens = tokens[chunk.start + 1 : chunk.start + len(chunk.tokens) + 1]
@@ -142,8 +144,9 @@ class Planner:
     # -- building ----------------------------------------------------------------------------------------------------
 
     def _sampling_slots(self, chunk: PromptChunk) -> list[int]:
-        """The slots that get their next token from a chunk: all choices when the prompt ends, else none."""
-        if not chunk.is_last:
+        """The slots that get their next token from a chunk: all choices when the prompt ends, else none, and none where
+        it is only pooled."""
+        if not chunk.is_last or chunk.pooling is not None:
             return []
         row = self._table.rows[chunk.slot]
         assert row is not None
@@ -198,7 +201,7 @@ class Planner:
             if chunk.is_last:
                 row = table.rows[chunk.slot]
                 assert row is not None
-                (resumed if row.owner.decoding else held).extend(slots)
+                (resumed if row.owner.decoding else held).extend(slots or [chunk.slot])
                 if len(slots) > 1:
                     self._blocks.fork(chunk.slot, slots[1:])
         table.state[held] = RowState.HELD

@@ -40,6 +40,7 @@ class ResidentSequence:
     slots: list[int]
     decoding: bool = False  # handed to decode (else it still belongs to prefill)
     posted: bool = False  # given back by prefill, on its way to decode
+    pooled: NDArray[np.float32] | None = None  # [hidden], where it asks for pooling: the sum of hidden states so far
     losses: int = 0  # of the executor while it computed
     lost_at: tuple[int, int] = (0, 0)  # the positions from where to where
 

@@ -9,7 +9,7 @@ import numpy as np
 from ...errors import KVCacheError
 from ...kv_runtime.pool import NO_BLOCKS
 from .block_copies import BlockCopies
-from .lease import BlockCopy, namespace_of
+from .lease import BlockCopy, namespace_of, needs_every_position
 from .resident import RowState
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class RowBlocks:
         claim.has_room = self.kv.available() >= claim.blocks
 
     def resume(self, claim: Claim | None) -> None:
-        """In turn, give preempted rows blocks for all their tokens and one more; stop at the first that waits.
+        """In turn, give preempted rows blocks for all their tokens and the next; stop at the first that waits.
 
         Those that come after a claim wait for it.
         """
@@ -245,11 +245,12 @@ class RowBlocks:
         target = int(table.target[slot])
         tokens = table.tokens(slot, target)
         sequence = row.owner.sequence
-        # With prompt logprobs every prompt position must be computed again while they are still incomplete.
-        reuse = sequence.sampling.prompt_logprobs is None or table.outputs_read[slot] > 0
+        # What is asked for of every prompt position is incomplete until the first output.
+        reuse = not needs_every_position(sequence) or table.outputs_read[slot] > 0
         limit, namespace = target - 1 if reuse else 0, namespace_of(sequence)
         forks = len(row.owner.slots) - 1 if not row.owner.decoding and target % table.block_size else 0
-        needed = -(-(target + 1) // table.block_size) + forks
+        end = min(target + 1, int(table.prompt_len[slot] + table.max_outputs[slot]))
+        needed = -(-end // table.block_size) + forks
         if self.swap is not None:
             has_room = needed <= self.kv.available()
             if self.swap.is_coming(slot, tokens, namespace, limit, has_room=has_room):

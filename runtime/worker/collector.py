@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...records import FinishReason, TokenDelta, TokenLogprobs
+from ...records import FinishReason, Pooling, TokenDelta, TokenLogprobs
 from ..scheduler.resident import RowState
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...records import Sequence
-    from ..scheduler.plan import StepPlan, StepResult
-    from ..scheduler.resident import ResidentTable
+    from ..scheduler.plan import PromptChunk, StepPlan, StepResult
+    from ..scheduler.resident import ResidentSequence, ResidentTable
     from .stop_strings import StopStringMatcher
 
     Ending = tuple[int, FinishReason]  # a slot, and why its row ends
@@ -55,6 +55,8 @@ class Collector:
         table = self._table
         for index, logprobs in result.prompt_logprobs.items():
             self._store_prompt_logprobs(plan, index, logprobs)
+        for index, hidden in result.pooled.items():
+            self._pool(plan.chunks[index], hidden, prefilled)
         alive = table.epoch[plan.sample_slots] == plan.sample_epochs
         slots, tokens = plan.sample_slots, result.tokens
         rows: NDArray[np.int64] | None = None
@@ -86,9 +88,12 @@ class Collector:
             owner = row.owner
             if row.choice.index == 0 and not owner.decoding:
                 owner.sequence.timings.first_token = now
-                owner.lease.blocks = self._table.row_blocks(slot)
-                owner.posted = True
-                prefilled.append(owner.sequence)
+                self._post(slot, owner, prefilled)
+
+    def _post(self, slot: int, owner: ResidentSequence, prefilled: list[Sequence]) -> None:
+        owner.lease.blocks = self._table.row_blocks(slot)
+        owner.posted = True
+        prefilled.append(owner.sequence)
 
     def _look_at(self, slot: int, at: int, result: StepResult, decoded: list[Sequence | TokenDelta]) -> None:
         table = self._table
@@ -108,12 +113,30 @@ class Collector:
                 row.choice.logprobs = []
             row.choice.logprobs.append(TokenLogprobs(token, float(result.logprobs[at]), top))
 
+    def _owner_of(self, chunk: PromptChunk) -> ResidentSequence | None:
+        """None if the row has ended; another one may have its slot."""
+        row = self._table.rows[chunk.slot]
+        return None if row is None or self._table.epoch[chunk.slot] != chunk.epoch else row.owner
+
+    def _pool(self, chunk: PromptChunk, hidden: NDArray[np.float32], prefilled: list[Sequence]) -> None:
+        owner = self._owner_of(chunk)
+        if owner is None:
+            return
+        if chunk.pooling is Pooling.MEAN and chunk.start:  # what is computed again begins at 0
+            assert owner.pooled is not None
+            hidden = owner.pooled + hidden
+        owner.pooled = hidden
+        if chunk.is_last:
+            length = np.linalg.norm(hidden)
+            owner.sequence.embedding = hidden / length if length else hidden
+            self._post(chunk.slot, owner, prefilled)
+
     def _store_prompt_logprobs(self, plan: StepPlan, index: int, logprobs: list[TokenLogprobs]) -> None:
         chunk = plan.chunks[index]
-        row = self._table.rows[chunk.slot]
-        if row is None or self._table.epoch[chunk.slot] != chunk.epoch:
-            return  # the row has ended, and another one may have its slot
-        sequence = row.owner.sequence
+        owner = self._owner_of(chunk)
+        if owner is None:
+            return
+        sequence = owner.sequence
         if sequence.prompt_logprobs is None:
             sequence.prompt_logprobs = [None]
         # A prompt that was preempted and computed again tells the same positions twice.
@@ -169,7 +192,7 @@ class Collector:
             self._matchers.pop(slot, None)
             if matched is not None:
                 choice.stop_matched = matched
-            elif reason is FinishReason.STOP:
+            elif count and reason is FinishReason.STOP:
                 choice.stop_matched = tokens[count - 1]
             if count:
                 timings.last_token = max(timings.last_token or 0.0, last_time)

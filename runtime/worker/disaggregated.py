@@ -190,11 +190,15 @@ class DisaggregatedWorkers:
 
     def submit_decode(self, sequences: list[Sequence]) -> None:
         """See `Worker.submit_decode`."""
-        for sequence in sequences:
+        staying = [sequence for sequence in sequences if sequence.kv.handover is None]  # pooled: nothing is decoded
+        going = [sequence for sequence in sequences if sequence.kv.handover is not None]
+        for sequence in going:
             book = sequence.kv.handover.book
             book.expect(sequence.request)  # first: from here on its lease is found there
-        arriving = _group(sequences, lambda sequence: sequence.kv.handover.book.worker)
-        for index, share in _group(sequences, lambda sequence: sequence.kv.worker):
+        arriving = _group(going, lambda sequence: sequence.kv.handover.book.worker)
+        for index, share in _group(staying, lambda sequence: sequence.kv.worker):
+            self._prefill[index].submit_decode(share)
+        for index, share in _group(going, lambda sequence: sequence.kv.worker):
             self._prefill[index].submit_release(share)
         for index, share in arriving:
             self._decode[index].submit_decode(share)

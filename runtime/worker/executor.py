@@ -101,9 +101,13 @@ class _NullHandle:
 
 
 class NullExecutor:
-    """The null model: output token k is byte 97 + (prompt length + k) % 26, at once. It costs what the engine costs."""
+    """The null model: output token k is byte 97 + (prompt length + k) % 26, at once. It costs what the engine costs.
+
+    The hidden state of token id t is the unit vector t % 16 of 16.
+    """
 
     pool = None
+    hidden_size = 16
 
     def __init__(self, num_slots: int) -> None:
         self.before_step: Callable[[], None] = lambda: None
@@ -132,7 +136,15 @@ class NullExecutor:
         for export in plan.exports:
             export.done()
         tokens = 97 + (self._prompt_length[plan.sample_slots] + plan.sample_steps) % 26
-        return _NullHandle(StepResult(tokens))
+        pooled = {
+            index: self._add_hidden(chunk.tokens[-chunk.num_pooled :])
+            for index, chunk in enumerate(plan.chunks)
+            if chunk.num_pooled
+        }
+        return _NullHandle(StepResult(tokens, pooled=pooled))
+
+    def _add_hidden(self, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+        return np.bincount(tokens % self.hidden_size, minlength=self.hidden_size).astype(np.float32)
 
     def close(self) -> None:
         """Nothing runs."""

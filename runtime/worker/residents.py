@@ -142,6 +142,9 @@ class Residents:
             if sequence.request.cancelled:
                 self.end(owner, FinishReason.CANCELLED)
                 continue
+            if sequence.embedding is not None:  # all that was asked for
+                self.end(owner, FinishReason.STOP)
+                continue
             if sequence.request.stream:
                 for slot in owner.slots:
                     self.collector.emit_first(slot, self.decoded)

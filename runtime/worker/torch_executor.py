@@ -16,6 +16,7 @@ from ...config import KVGranularity
 from ..scheduler.plan import StepResult
 from .kv_sender import KVSender
 from .logprobs import prompt_logprobs, to_records
+from .pooling import StepPooling
 from .sampling import SamplingState
 from .torch_block_io import TorchBlockIO
 
@@ -165,15 +166,37 @@ class TorchExecutor:
         layout = self._lay_out(plan)
         input_ids = self._input_ids(plan)
         logit_rows, sample_at = self._logit_rows(plan)
-        logits = self._model.forward(input_ids, layout, self._kv, logit_rows, on_layer)
+        hidden, pooled = self._forward(input_ids, layout, logit_rows, StepPooling(plan), on_layer)
+        logits = self._model.compute_logits(hidden)
         told = self._prompt_logprobs(plan, logits) if logit_rows is None else None
         if not len(plan.sample_slots):
-            return lambda: StepResult(np.empty(0, np.int64), prompt_logprobs=_read_prompt_logprobs(told))
+            return lambda: StepResult(
+                np.empty(0, np.int64), prompt_logprobs=_read_prompt_logprobs(told), pooled=_read_pooled(pooled)
+            )
         if sample_at is not None:
             logits = logits[sample_at.to(device)]
         sampled = self._sampling.sample(logits, plan.sample_slots, plan.sample_steps)
         self._newest[torch.from_numpy(plan.sample_slots).to(device)] = sampled.tokens
-        return lambda: _read(sampled, told)
+        return lambda: _read(sampled, told, pooled)
+
+    def _forward(
+        self,
+        input_ids: Tensor,
+        layout: StepLayout,
+        logit_rows: Tensor | None,
+        pooling: StepPooling,
+        on_layer: Callable[[int], None] | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states of the rows that need logits, and by chunk the sums of those that are pooled."""
+        rows = logit_rows
+        if rows is not None and pooling.rows is not None:
+            rows = torch.cat([rows, pooling.rows.to(rows.device)])
+        hidden = self._model.forward(input_ids, layout, self._kv, rows, on_layer)
+        if pooling.rows is None:
+            return hidden, {}
+        if logit_rows is None:
+            return hidden, pooling.add(hidden[pooling.rows.to(hidden.device)])
+        return hidden[: len(logit_rows)], pooling.add(hidden[len(logit_rows) :])
 
     def _note(self, changed: dict[int, Callable[[], None] | None], copies: list[list[tuple[int, int]]]) -> None:
         self._to_copy += copies
@@ -262,14 +285,21 @@ class TorchExecutor:
         return told
 
 
-def _read(sampled: SampledTokens, told: dict[int, tuple[Tensor, Any]] | None) -> StepResult:
+def _read(
+    sampled: SampledTokens, told: dict[int, tuple[Tensor, Any]] | None, pooled: dict[int, Tensor]
+) -> StepResult:
     return StepResult(
         tokens=sampled.tokens.cpu().numpy(),
         logprobs=None if sampled.logprobs is None else sampled.logprobs.cpu().numpy(),
         top_ids=None if sampled.top_ids is None else sampled.top_ids.cpu().numpy(),
         top_logprobs=None if sampled.top_logprobs is None else sampled.top_logprobs.cpu().numpy(),
         prompt_logprobs=_read_prompt_logprobs(told),
+        pooled=_read_pooled(pooled),
     )
+
+
+def _read_pooled(pooled: dict[int, Tensor]) -> dict[int, NDArray[np.float32]]:
+    return {index: total.cpu().numpy() for index, total in pooled.items()}
 
 
 def _read_prompt_logprobs(told: dict[int, tuple[Tensor, Any]] | None) -> dict[int, list[TokenLogprobs]]:

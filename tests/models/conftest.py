@@ -61,7 +61,7 @@ class PagedRunner:
             num_decodes=next((i for i, (_, new) in enumerate(work) if len(new) != 1), len(work)),
         )
         rows = None if logit_rows is None else torch.tensor(logit_rows)
-        return self.model.forward(torch.tensor(tokens), layout, self.kv, rows)
+        return self.model.compute_logits(self.model.forward(torch.tensor(tokens), layout, self.kv, rows))
 
     def generate(self, prompt: list[int], count: int, chunk: int | None = None) -> list[int]:
         """Greedy tokens, the prompt in chunks of `chunk` tokens."""

@@ -8,6 +8,7 @@ import os
 import threading
 
 import anyio
+import numpy as np
 import pytest
 
 from sageLLM.errors import ConfigError, OutputLockedError
@@ -17,6 +18,7 @@ from sageLLM.records import (
     Choice,
     DeadLetter,
     FinishReason,
+    Pooling,
     Request,
     SamplingParams,
     Sequence,
@@ -77,6 +79,17 @@ def test_several_choices_and_logprobs(write, make_completion):
     ]
     assert line["prompt_logprobs"] == [None, {"token": 1, "logprob": -1.0, "top": []}]
     assert line["src"] is None
+
+
+def test_embeddings(write, make_completion):
+    done, cancelled = (make_completion(text="", tokens=(), pooling=Pooling.MEAN) for _ in range(2))
+    done.embedding = np.array([0.5, -0.5], np.float32)
+    cancelled.choices[0].finish_reason = FinishReason.CANCELLED
+    first, second = write([done, cancelled])
+    assert (first["embedding"], first["finish_reason"]) == ([0.5, -0.5], "stop")
+    assert first["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
+    assert list(first) == ["request_id", "embedding", "finish_reason", "usage", "metrics", "src"]
+    assert (second["embedding"], second["finish_reason"]) == (None, "cancelled")
 
 
 def test_token_deltas_are_ignored(write, make_completion):

@@ -15,7 +15,7 @@ from sageLLM.errors import ConfigError, RequestError, SourceChangedError
 from sageLLM.operators.sources.jsonl_source import JsonlSource
 from sageLLM.operators.sources.lines import LineSplitter
 from sageLLM.operators.sources.request_format import parse_request
-from sageLLM.records import SamplingParams
+from sageLLM.records import Pooling, SamplingParams
 from sageLLM.runtime.flow.resume import LineSet, ResumeIndex
 
 
@@ -195,6 +195,19 @@ def test_the_other_fields():
     assert (request.request_id, request.sampling.stop, request.sampling.max_new_tokens) == ("17", ("END",), 3)
     assert (request.tenant, request.cache_salt, request.priority, request.stream) == ("acme", "s", -2, True)
     assert request.deadline_ms == 1500
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_a_request_for_an_embedding(pooling):
+    request = parse(prompt="a", pooling=pooling.value, tenant="acme", stream=False, n=None)
+    assert (request.pooling, request.tenant, request.sampling) == (pooling, "acme", SamplingParams())
+    assert refuse(prompt="a", pooling="max") == "pooling: found 'max', should be 'mean' or 'last'"
+    assert refuse(prompt="a", pooling="mean", stream=True, temperature=0.0, max_tokens=1).startswith(
+        "found pooling and max_tokens, stream, temperature: an embedding has no output to shape"
+    )
+    assert refuse(messages=[{"role": "user", "content": "a"}], pooling="mean").startswith(
+        "found pooling and messages: write prompt or prompt_tokens"
+    )
 
 
 def test_text_parts_of_a_message_are_joined():

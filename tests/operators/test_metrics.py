@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sageLLM.histogram import Histogram
 from sageLLM.operators import metrics as module
 from sageLLM.operators.metrics import Metrics
-from sageLLM.records import DeadLetter, FinishReason, Request, SamplingParams, Sequence, TokenDelta
+from sageLLM.records import DeadLetter, FinishReason, Pooling, Request, SamplingParams, Sequence, TokenDelta
 
 
 @pytest.fixture
@@ -56,6 +56,17 @@ def test_the_summary(measure, make_completion, monkeypatch):
     assert (summary.ttft_ms.p50, summary.ttft_ms.p90, summary.ttft_ms.p99) == pytest.approx((50, 90, 100), rel=0.01)
     assert summary.itl_ms.p50 == 0
     assert summary.to_dict()["e2e_ms"]["p50"] == pytest.approx(25, rel=0.01)
+
+
+def test_embeddings_count_as_requests_without_an_output(measure, make_completion):
+    embedded = make_completion("q2", "", tokens=(), pooling=Pooling.MEAN)
+    operator, _ = measure([make_completion("q1"), embedded])
+    summary = operator.summary()
+    assert (summary.requests, summary.prompt_tokens, summary.output_tokens) == (2, 6, 2)
+    text = operator.expose()
+    assert "sagellm:request_prompt_tokens_count 2" in text
+    assert "sagellm:request_generation_tokens_count 1" in text
+    assert "sagellm:time_to_first_token_seconds_count 1" in text
 
 
 def test_an_empty_run_has_a_summary(measure):

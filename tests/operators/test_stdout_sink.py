@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from sageLLM.operators.sinks.stdout_sink import StdoutSink
-from sageLLM.records import Choice, DeadLetter, FinishReason, Request, SamplingParams, Sequence, TokenDelta
+from sageLLM.records import Choice, DeadLetter, FinishReason, Pooling, Request, SamplingParams, Sequence, TokenDelta
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def test_json_lines_are_those_of_jsonl_sink(show, make_completion):
 def test_text_is_only_what_the_model_said(show, make_completion):
     two = make_completion("q2", "a")
     two.choices.append(Choice(1, [6], "b", FinishReason.STOP))
-    assert show([make_completion("q1", "fóur"), two, DeadLetter("bad")], format="text") == "fóur\na\nb\nerror: bad\n"
+    embedded = make_completion("q3", "", pooling=Pooling.MEAN)
+    records = [make_completion("q1", "fóur"), two, embedded, DeadLetter("bad")]
+    assert show(records, format="text") == "fóur\na\nb\nerror: bad\n"
 
 
 def test_tokens_appear_as_they_come(show, make_completion):

@@ -12,7 +12,7 @@ from sageLLM.config import ModelConfig, SageLLMConfig
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.tokenizer import load_tokenizer
 from sageLLM.operators.tokenize import Tokenize
-from sageLLM.records import Request, SamplingParams, SourcePosition
+from sageLLM.records import Pooling, Request, SamplingParams, SourcePosition
 
 
 def engine_of(model_id="builtin:null", **fields):
@@ -56,6 +56,34 @@ def test_what_the_request_leaves_open_comes_from_the_generation_config(tokenize,
     assert (open_.sampling.temperature, open_.sampling.top_k, open_.sampling.top_p) == (0.0, 0, 1.0)
     assert (warm.sampling.temperature, warm.sampling.top_k) == (0.5, 3)
     assert open_.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_what_is_embedded_may_fill_the_context_and_samples_nothing(tokenize, pooling):
+    engine = engine_of(max_seq_len=10)
+    fits, long, samples = (
+        Request("a", prompt="0123456789", pooling=pooling),
+        Request("b", prompt="0123456789a", pooling=pooling),
+        Request("c", prompt="0", pooling=pooling, sampling=SamplingParams(n=2)),
+    )
+    out = tokenize([fits, long, samples], engine)
+    (sequence,) = out.sent
+    assert (len(sequence.prompt_tokens), sequence.sampling.max_new_tokens, sequence.eos_token_ids) == (10, 0, ())
+    assert "send at most 10" in out.letters[0].error
+    assert out.letters[1].error.startswith("found pooling and sampling parameters")
+
+
+def test_decode_only_without_recomputing_embeds_no_mean(tokenize):
+    engine = engine_of()
+    engine.config = SageLLMConfig(
+        inference_mode="decode_only",
+        scheduler={"on_transfer_failure": "fail"},
+        kv_cache={"enable_tiering": True, "nvme_tokens": 64, "nvme_path": "kv"},
+    )
+    out = tokenize([Request("a", prompt="x", pooling=Pooling.MEAN), Request("b", prompt="x", pooling=Pooling.LAST)],
+                   engine)  # fmt: skip
+    assert [sequence.request_id for sequence in out.sent] == ["b"]
+    assert "write pooling last" in out.letters[0].error
 
 
 def test_ignore_eos_leaves_no_token_to_end_at(tokenize):

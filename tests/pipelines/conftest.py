@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 import trio
 from trio.testing import MockClock
@@ -24,7 +25,7 @@ from sageLLM.accel.step_cost import StepCost
 from sageLLM.errors import SageLLMError
 from sageLLM.graph import build_pipeline, registry
 from sageLLM.kv_runtime import block_hashes
-from sageLLM.records import Completion, DeadLetter, Request, SamplingParams, TokenDelta
+from sageLLM.records import Completion, DeadLetter, Pooling, Request, SamplingParams, TokenDelta
 from sageLLM.runtime.assembly import assemble
 from sageLLM.runtime.flow.ledger import request_of
 from sageLLM.runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
@@ -234,9 +235,13 @@ class Run:
         assert len(ends) == len(set(ends))
         assert len(ends) == self.flow.ledger.accepted
         for completion in self.completions.values():
+            pooled = completion.request.pooling is not None
+            if pooled and completion.finish_reason == "stop":
+                np.testing.assert_allclose(completion.embedding, null_embedding(completion.request), rtol=1e-6)
             for choice in completion.choices:
                 assert choice.output_tokens == null_tokens(completion.prompt_length, len(choice.output_tokens))
                 if choice.finish_reason == "length":
+                    assert not pooled
                     assert len(choice.output_tokens) == completion.request.sampling.max_new_tokens
 
 
@@ -273,6 +278,12 @@ def null_tokens(prompt_length, count):
     return [97 + (prompt_length + k) % 26 for k in range(count)]
 
 
+def null_embedding(request):
+    tokens = request.prompt_tokens if request.pooling is Pooling.MEAN else request.prompt_tokens[-1:]
+    pooled = np.bincount(np.array(tokens) % 16, minlength=16)
+    return pooled / np.linalg.norm(pooled)
+
+
 @contextmanager
 def _registered(run):
     known = registry._SPECS
@@ -298,7 +309,10 @@ def _interleaving(seed):
 
 
 def make_requests(count, seed=0, stream=False, pins=False):
-    """Prompts of which many share a beginning, some two or three choices, one to twelve tokens each."""
+    """Prompts of which many share a beginning, some two or three choices, one to twelve tokens each.
+
+    Every sixth asks for an embedding, unless it streams.
+    """
     chance = random.Random(seed)
     requests = []
     for number in range(count):
@@ -308,6 +322,8 @@ def make_requests(count, seed=0, stream=False, pins=False):
         request.stream = stream and chance.random() < 0.5
         request.pin = pins and chance.random() < 0.3
         request.unpin = pins and not request.pin and chance.random() < 0.3
+        if number % 6 == 5 and not request.stream:
+            request.sampling, request.pooling = SamplingParams(), Pooling.LAST if number % 12 == 5 else Pooling.MEAN
         requests.append(request)
     return requests
 

@@ -12,7 +12,7 @@ import pytest
 from sageLLM import GenerateRequest, SageLLMConfig, SageLLMEngine
 from sageLLM.errors import ConfigError
 from sageLLM.graph import load_pipeline
-from sageLLM.records import Request, SamplingParams
+from sageLLM.records import Pooling, Request, SamplingParams
 from sageLLM.runtime.assembly import assemble
 from sageLLM.runtime.services import EngineServices
 
@@ -89,18 +89,18 @@ ENGINE = {"kv_cache": {"max_tokens": 256, "block_size": 4, "enable_tiering": Tru
 
 @pytest.fixture
 def run_null(make_run, tmp_path):
-    def run(mode, on_failure="recompute"):
+    def run(mode, on_failure="recompute", requests=None):
         engine = {
             **ENGINE,
             "kv_cache": {**ENGINE["kv_cache"], "nvme_path": str(tmp_path / "kv")},
             "inference_mode": mode,
             "scheduler": {"on_transfer_failure": on_failure},
         }
-        requests = [
+        texts = [
             Request(f"r{n}", prompt_tokens=[n] * 11, sampling=SamplingParams(max_new_tokens=5, temperature=0))
             for n in range(4)
         ]
-        return make_run(requests, engine)()
+        return make_run(requests or texts, engine)()
 
     return run
 
@@ -115,6 +115,26 @@ def test_what_is_missing_is_computed_or_fails_its_request(run_null, tmp_path):
     run = run_null("decode_only", "fail")
     assert run.counts == {"accepted": 4, "done": 3, "error": 1} or run.counts == {"accepted": 4, "done": 2, "error": 2}
     assert all("of the prompt are not in kv_cache.nvme_path" in letter.error for letter in run.letters.values())
+
+
+def test_embeddings_in_both_modes(run_null):
+    """Of a prompt whose KV is fetched the last token is computed, and so is all of it where its mean is asked for."""
+    last, mean = (
+        [Request(f"r{n}", prompt_tokens=[n] * 11, pooling=pooling) for n in range(4)]
+        for pooling in (Pooling.LAST, Pooling.MEAN)
+    )
+    for mode, on_failure, requests, done in (
+        ("prefill_only", "fail", mean, 4),
+        ("decode_only", "fail", last, 4),
+        ("decode_only", "recompute", mean, 4),
+        ("decode_only", "fail", mean, 0),
+    ):
+        run = run_null(mode, on_failure, requests)
+        run.check_everyone_had_one_end()
+        embedded = [completion for completion in run.completions.values() if completion.embedding is not None]
+        assert (len(embedded), run.counts.get("done", 0)) == (done, done)
+        if requests is last:
+            assert {completion.metrics.prefix_hit_tokens for completion in embedded} == {8}
 
 
 def test_nothing_is_given_out_that_was_not_written(run_null, monkeypatch):

@@ -11,7 +11,8 @@ from sageLLM.records import TokenDelta
 def expected():
     def tokens_of(request):
         length = len(request.prompt_tokens)
-        one = [97 + (length + k) % 26 for k in range(request.sampling.max_new_tokens)]
+        count = 0 if request.pooling is not None else request.sampling.max_new_tokens
+        one = [97 + (length + k) % 26 for k in range(count)]
         return [one] * request.sampling.n
 
     return lambda requests: {request.request_id: tokens_of(request) for request in requests}

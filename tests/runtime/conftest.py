@@ -161,6 +161,12 @@ class Bench:
         sequence.kv = PrefixHint(0)
         return sequence
 
+    def pooled(self, prompt, pooling, **options):
+        """A sequence that asks for its prompt's embedding."""
+        sequence = self.sequence(prompt, max_new_tokens=0, **options)
+        sequence.request.pooling = pooling
+        return sequence
+
     def offer(self, *sequences):
         for sequence in sequences:
             self.leases.check_fits(sequence)

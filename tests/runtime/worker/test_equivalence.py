@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +22,7 @@ from sageLLM.errors import RequestError
 from sageLLM.kv_runtime.tiers import FileTier, TemperatureClassifier, Watermarks
 from sageLLM.models.resolve import resolve_model
 from sageLLM.models.weights import load_model
+from sageLLM.records import Pooling
 from sageLLM.runtime.worker.sampling import SamplingState
 from sageLLM.runtime.worker.torch_executor import TorchExecutor
 
@@ -66,6 +69,21 @@ def oracle(folder):
     return greedy
 
 
+@pytest.fixture(scope="module")
+def hidden_states(folder):
+    """transformers' hidden states [T, hidden] of a prompt, after the final norm; each prompt is computed once."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @cache
+    def compute(prompt):
+        with torch.inference_mode():
+            return model(torch.tensor([prompt])).last_hidden_state[0].numpy()
+
+    return compute
+
+
 def make_bench(
     bench, loaded, blocks=64, block_size=4, unit=KVGranularity.LAYER, losing=lambda inner: inner, tier_unit=None,
     nvme=None, **options,
@@ -95,8 +113,17 @@ PROMPTS = [_BASE[:n] + [_RNG.randrange(4, 300) for _ in range(m)] for n, m in
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_greedy_tokens_do_not_depend_on_how_they_were_computed(bench, loaded, oracle, losing_executor, data):
-    check_any_mix(bench, loaded, oracle, losing_executor, data)
+def test_greedy_tokens_do_not_depend_on_how_they_were_computed(
+    bench, loaded, oracle, hidden_states, losing_executor, data
+):
+    """Nor do embeddings."""
+
+    def embed(prompt, pooling):
+        hidden = hidden_states(tuple(prompt))
+        pooled = hidden.mean(0) if pooling is Pooling.MEAN else hidden[-1]
+        return pooled / np.linalg.norm(pooled)
+
+    check_any_mix(bench, loaded, oracle, embed, losing_executor, data)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,15 +131,21 @@ def test_greedy_tokens_do_not_depend_on_how_they_were_computed(bench, loaded, or
 def test_our_kernels_keep_that_promise_in_bfloat16(bench, loaded_bfloat16, losing_executor, data):
     """No two roundings of the same sum: what a prompt gives alone and whole, it gives in any mix."""
 
-    def alone(prompt, count):
+    def alone(make, *arguments, **options):
         b = make_bench(bench, loaded_bfloat16, max_step_tokens=64)
-        sequence = b.sequence(prompt, max_new_tokens=count)
+        sequence = make(b, *arguments, **options)
         b.offer(sequence)
         b.run()
         b.close()
-        return sequence.choices[0].output_tokens
+        return sequence
 
-    check_any_mix(bench, loaded_bfloat16, alone, losing_executor, data)
+    def greedy(prompt, count):
+        return alone(bench.sequence, prompt, max_new_tokens=count).choices[0].output_tokens
+
+    def embed(prompt, pooling):
+        return alone(bench.pooled, prompt, pooling).embedding
+
+    check_any_mix(bench, loaded_bfloat16, greedy, embed, losing_executor, data)
 
 
 MODES = (
@@ -145,12 +178,12 @@ class TokenCost:
         return 1e-3 * (len(decode_contexts) + sum(chunk_lengths))
 
 
-def check_any_mix(bench, loaded, oracle, losing_executor, data) -> None:
+def check_any_mix(bench, loaded, oracle, embed, losing_executor, data) -> None:
     with TemporaryDirectory() as folder:
-        _check_any_mix(bench, loaded, oracle, losing_executor, data, Path(folder))
+        _check_any_mix(bench, loaded, oracle, embed, losing_executor, data, Path(folder))
 
 
-def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None:
+def _check_any_mix(bench, loaded, oracle, embed, losing_executor, data, folder) -> None:
     often = data.draw(st.sampled_from([0, 0, 0.05]), label="executor lost")
     chance = random.Random(data.draw(st.integers(0, 99), label="when it is lost"))
     tiers = data.draw(st.sampled_from(TIERS), label="tiers")
@@ -185,12 +218,17 @@ def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None
         tier_unit=data.draw(st.sampled_from(KVGranularity), label="unit of tiers") if tiers else None,
         **data.draw(st.sampled_from(MODES), label="mode"),
     )
-    picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(1, 24)), min_size=1, max_size=8))
+    wanted = st.integers(1, 24) | st.sampled_from(Pooling)  # so many tokens, or an embedding
+    picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), wanted), min_size=1, max_size=8))
     n = data.draw(st.sampled_from([1, 1, 2]), label="n")
     pins = data.draw(st.sampled_from([0, 0, 2, 5]), label="every so many pin")
     offered = 0
-    for index, (prompt, count) in enumerate(picks):
-        sequence = b.sequence(prompt, max_new_tokens=count, n=n, pin=pins > 0 and index % pins == 0)
+    for index, (prompt, asked) in enumerate(picks):
+        pin = pins > 0 and index % pins == 0
+        if isinstance(asked, Pooling):
+            sequence = b.pooled(prompt, asked, pin=pin)
+        else:
+            sequence = b.sequence(prompt, max_new_tokens=asked, n=n, pin=pin)
         sequence.request.priority = index % 3
         sequence.request.deadline_ms = 1000.0 - 7 * index if index % 2 else None
         with suppress(RequestError):  # no room for the pin, or beside those before it
@@ -201,8 +239,13 @@ def _check_any_mix(bench, loaded, oracle, losing_executor, data, folder) -> None
     assert len(b.finished) == offered >= (not pins) * len(picks)
     for sequence in b.finished:
         assert sequence.error is None
-        expected = oracle(sequence.prompt_tokens.tolist(), sequence.sampling.max_new_tokens)
-        assert [c.output_tokens for c in sequence.choices] == [expected] * n
+        prompt, pooling = sequence.prompt_tokens.tolist(), sequence.request.pooling
+        if pooling is None:
+            expected = oracle(prompt, sequence.sampling.max_new_tokens)
+            assert [c.output_tokens for c in sequence.choices] == [expected] * n
+        else:
+            np.testing.assert_allclose(sequence.embedding, embed(prompt, pooling), rtol=1e-4, atol=1e-5)
+            assert [(c.finish_reason, c.output_tokens) for c in sequence.choices] == [("stop", [])]
     b.check_nothing_leaks()
 
 
