@@ -301,6 +301,16 @@ class EngineServices:
                     for executor in self.executors:
                         executor.close()
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a lease."""
+        return len(self.waiting) if "waiting" in self.__dict__ else 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences on the worker, each choice of a request for itself."""
+        return self.worker.num_running if "worker" in self.__dict__ else 0
+
     def cancel(self, requests: list[Request]) -> None:
         """End requests wherever they are; from any thread."""
         for request in requests:

@@ -1,0 +1,1 @@
+"""What every source that listens shares: taking requests in, keys, TLS, addresses, and connections."""
