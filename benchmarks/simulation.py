@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..config import KVEviction, SageLLMConfig, SchedulerMode, SchedulerPolicy
+from ..config.problems import to_config_error
 from ..errors import ConfigError
 from ..runtime.simulation.simulation import simulate
 from .measurement import format_table
@@ -65,8 +66,8 @@ class Scenario:
         try:
             return SageLLMConfig.model_validate(values)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-            raise ConfigError(f"{self.mode}, {self.policy}: {'; '.join(problems)}") from error
+            explained = to_config_error(SageLLMConfig, error, "engine")
+            raise type(explained)(f"{self.mode}, {self.policy}: {explained}") from None
 
 
 def scenarios(

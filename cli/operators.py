@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def command(name: str | None, allow_modules: tuple[str, ...]) -> None:
     """List the operator types, or describe NAME: its fields, ports, guarantee and an example."""
     register_operators(allow_modules)
+    from ..config.wording import did_you_mean
     from ..errors import ConfigError
-    from ..graph.problems import did_you_mean
     from ..graph.registry import all_specs, find_spec, load_plugins
 
     load_plugins()
@@ -68,7 +68,7 @@ def _ports(title: str, ports: tuple[Port, ...]) -> list[str]:
 def _fields(spec: OperatorSpec) -> list[str]:
     import json
 
-    from ..graph.fields import describe_type
+    from ..config.wording import describe_type
 
     schema = spec.config_model.model_json_schema()
     required = schema.get("required", [])

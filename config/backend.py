@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from .base import Config, Positive, refuse
+from .base import Config, Positive
 from .choices import Backend  # noqa: TC001 - pydantic reads the annotation
+from .problems import not_available
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .problems import Contradiction
 
 
 class BackendConfig(Config):
@@ -24,8 +30,6 @@ class BackendConfig(Config):
     tensor_parallel_size: Positive = 1
     pipeline_parallel_size: Positive = 1
 
-    @model_validator(mode="after")
-    def _available(self) -> BackendConfig:
-        refuse(self.tensor_parallel_size > 1, "backend.tensor_parallel_size > 1", "use 1")
-        refuse(self.pipeline_parallel_size > 1, "backend.pipeline_parallel_size > 1", "use 1")
-        return self
+    def contradictions(self) -> Iterator[Contradiction]:
+        for name in self.changed("tensor_parallel_size", "pipeline_parallel_size"):
+            yield not_available(name, f"backend.{name} > 1", "use 1")

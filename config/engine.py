@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
-from ..errors import ConfigError, NotAvailableError
+from ..errors import ConfigError
 from .backend import BackendConfig
-from .base import Config, refuse
+from .base import Config
 from .benchmark import BenchmarkConfig
 from .choices import Inference, InferenceMode, KVGranularity, SchedulerMode, SchedulerPolicy
 from .kv_cache import KVCacheConfig
 from .model import ModelConfig
+from .problems import Contradiction, not_available, to_config_error
 from .scheduler import SchedulerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class SageLLMConfig(Config):
@@ -32,40 +36,36 @@ class SageLLMConfig(Config):
     benchmark: BenchmarkConfig = Field(default_factory=BenchmarkConfig)
     inference_mode: Inference = InferenceMode.STANDARD
 
-    @model_validator(mode="after")
-    def _available(self) -> SageLLMConfig:
-        mode = self.inference_mode
-        if mode is not InferenceMode.STANDARD:
-            strict = self.scheduler.mode is SchedulerMode.STRICT
-            refuse(strict, f"inference_mode {mode.name} with scheduler.mode strict", "use mode hybrid")
-        if mode is InferenceMode.DECODE_ONLY and self.kv_cache.nvme_path is None:
-            raise ValueError("inference_mode DECODE_ONLY imports KV from files: give enable_tiering, nvme_path")
-        if self.scheduler.mode is not SchedulerMode.STRICT:
-            for moved, option in (
-                (
-                    self.kv_cache.granularity is not KVGranularity.BLOCK and not self.kv_cache.enable_tiering,
-                    "kv_cache.granularity",
-                ),
-                (
-                    self.scheduler.on_transfer_failure == "fail"
-                    and (mode is InferenceMode.STANDARD or self.kv_cache.nvme_path is None),
-                    "scheduler.on_transfer_failure",
-                ),
-            ):
-                if moved:
-                    raise ValueError(f"{option} is for KV that moves between workers: write scheduler.mode: strict")
-        if len(self.backend.device_ids) not in (1, self.scheduler.num_workers):
-            wanted = f"one, or {self.scheduler.num_workers}, one for each worker, those for prefill first"
-            raise ValueError(f"backend.device_ids: found {self.backend.device_ids}, give {wanted}")
-        if self.scheduler.preemption == "swap" and not self.kv_cache.tier_tokens[0]:
-            raise ValueError("scheduler.preemption swap keeps KV in DDR: give kv_cache.enable_tiering, ddr_tokens")
-        caches = self.kv_cache.enable_prefix_caching and self.kv_cache.enable_cross_request_sharing
-        if self.scheduler.policy is SchedulerPolicy.LONGEST_PREFIX and not caches:
-            raise ValueError(
-                "scheduler.policy LONGEST_PREFIX needs prefixes to be cached: leave kv_cache.enable_prefix_caching and "
-                "enable_cross_request_sharing true, or write another policy"
-            )
-        return self
+    def contradictions(self) -> Iterator[Contradiction]:
+        mode, kv_cache, scheduler = self.inference_mode, self.kv_cache, self.scheduler
+        strict = scheduler.mode is SchedulerMode.STRICT
+        if strict and mode is not InferenceMode.STANDARD:
+            option = f"inference_mode {mode} with scheduler.mode strict"
+            yield not_available("inference_mode", option, "use scheduler.mode hybrid")
+        if mode is InferenceMode.DECODE_ONLY and kv_cache.nvme_path is None:
+            text = "inference_mode decode_only imports KV from files: give kv_cache.enable_tiering, nvme_path and "
+            yield Contradiction(f"{text}nvme_tokens", ("inference_mode",))
+        moves = mode is not InferenceMode.STANDARD and kv_cache.nvme_path is not None
+        for option, asked in (
+            ("kv_cache.granularity", kv_cache.granularity is not KVGranularity.BLOCK and not kv_cache.enable_tiering),
+            ("scheduler.on_transfer_failure", scheduler.on_transfer_failure == "fail" and not moves),
+        ):
+            if asked and not strict:
+                text = f"{option} is for KV that moves between workers: write scheduler.mode: strict"
+                yield Contradiction(f"{text}, or leave it out", (option, "scheduler.mode"))
+        devices, workers = self.backend.device_ids, scheduler.num_workers
+        if len(devices) not in (1, workers):
+            wanted = f"one, or {workers}: one for each worker, those for prefill first" if workers > 1 else "one"
+            against = ("scheduler.prefill_workers", "scheduler.decode_workers", "scheduler.mode")
+            text = f"backend.device_ids: found {devices}, give {wanted}"
+            yield Contradiction(text, ("backend.device_ids", *against))
+        if scheduler.preemption == "swap" and not kv_cache.tier_tokens[0]:
+            text = "scheduler.preemption swap keeps KV in DDR: give kv_cache.enable_tiering and ddr_tokens"
+            yield Contradiction(text, ("scheduler.preemption",))
+        if scheduler.policy is SchedulerPolicy.LONGEST_PREFIX and not kv_cache.caches_prefixes:
+            text = "scheduler.policy longest_prefix needs prefixes to be cached: leave kv_cache.enable_prefix_caching "
+            keys = ("scheduler.policy", "kv_cache.enable_prefix_caching", "kv_cache.enable_cross_request_sharing")
+            yield Contradiction(text + "and enable_cross_request_sharing true, or write another policy", keys)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> SageLLMConfig:
@@ -90,11 +90,9 @@ class SageLLMConfig(Config):
             raise ConfigError(f"{where}: found {type(data).__name__}, write a mapping with `model:`, `kv_cache:`, ...")
         try:
             return cls.model_validate({name: section for name, section in data.items() if section is not None})
-        except NotAvailableError as error:
-            raise NotAvailableError(f"{where}: {error}") from error
         except ValidationError as error:
-            lines = [f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise ConfigError("\n".join(lines)) from error
+            explained = to_config_error(cls, error, "engine")
+            raise type(explained)("\n".join(f"{where}: {line}" for line in str(explained).splitlines())) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, enums by their YAML names: `SageLLMConfig(**config.to_dict()) == config`."""

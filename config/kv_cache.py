@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotation
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from .base import Config, Positive, Ratio
 from .choices import Eviction, Granularity, KVEviction, KVGranularity
+from .problems import Contradiction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_RATIOS = ("hbm_ratio", "ddr_ratio", "nvme_ratio")
+_SWITCHED = {  # what takes effect only where the switch is on
+    "enable_migration": ("hot_threshold", "cold_timeout_s", "promote_below"),
+    "enable_tiering": (
+        "ddr_tokens", "nvme_tokens", "nvme_path", *_RATIOS, "enable_migration", "demote_above", "demote_to",
+    ),
+}  # fmt: skip
 
 
 class KVCacheConfig(Config):
@@ -56,58 +68,63 @@ class KVCacheConfig(Config):
     hot_threshold: Annotated[float, Field(gt=0)] = 1.0
     cold_timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
-    @model_validator(mode="after")
-    def _available(self) -> KVCacheConfig:
-        if self.ttl_s and not (self.enable_prefix_caching and self.enable_cross_request_sharing):
-            raise ValueError(f"ttl_s {self.ttl_s} is for prefixes, but none are cached: leave it out, or cache them")
+    def contradictions(self) -> Iterator[Contradiction]:
         if self.max_tokens < self.block_size:
-            raise ValueError(f"max_tokens {self.max_tokens} is less than one block of {self.block_size} tokens")
-        return self
-
-    @model_validator(mode="after")
-    def _tiers(self) -> KVCacheConfig:
-        ratios = (self.hbm_ratio, self.ddr_ratio, self.nvme_ratio)
-        sizes = {"ddr_tokens": self.ddr_tokens, "nvme_tokens": self.nvme_tokens}
-        if not self.enable_tiering:
-            given = [name for name, size in sizes.items() if size] + ["nvme_path"] * (self.nvme_path is not None)
-            given += ["hbm_ratio, ddr_ratio and nvme_ratio"] * (ratios != (1.0, 0.0, 0.0))
-            if given:
-                raise ValueError(f"{given[0]} is for enable_tiering: true: write that, or leave it out")
-            return self
-        if not (self.enable_prefix_caching and self.enable_cross_request_sharing):
-            raise ValueError("enable_tiering keeps prefixes, but none are cached: leave it out, or cache them")
-        if self.ttl_s:
-            raise ValueError(f"ttl_s {self.ttl_s} forgets what enable_tiering keeps: leave one of them out")
-        if ratios != (1.0, 0.0, 0.0):
-            if any(sizes.values()):
-                raise ValueError("found ratios and ddr_tokens or nvme_tokens: write sizes in one of these ways")
-            if not self.hbm_ratio or abs(sum(ratios) - 1) > 1e-6:
-                raise ValueError(f"hbm_ratio, ddr_ratio, nvme_ratio: found {ratios}, write shares that add up to 1")
-        ddr, nvme = self.tier_tokens
-        if not ddr and not nvme:
-            raise ValueError("enable_tiering: say how large the tiers are, ddr_tokens: 262144 for example")
-        for name, tokens in (("ddr", ddr), ("nvme", nvme)):
-            if 0 < tokens < self.block_size:
-                raise ValueError(f"{name}: {tokens} tokens are less than one block of {self.block_size}")
-        if bool(nvme) != (self.nvme_path is not None):
-            raise ValueError("nvme_path and nvme_tokens (or nvme_ratio) go together: give both, or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _migration(self) -> KVCacheConfig:
-        for switch, names in (
-            ("enable_migration", ("hot_threshold", "cold_timeout_s", "promote_below")),
-            ("enable_tiering", ("enable_migration", "demote_above", "demote_to")),
-        ):
-            for name in names:
-                if getattr(self, name) != type(self).model_fields[name].default and not getattr(self, switch):
-                    raise ValueError(f"{name} is for {switch}: true: write that, or leave it out")
-        if self.enable_migration and not self.tier_tokens[0]:
-            raise ValueError("enable_migration moves blocks between the pool and DDR: give ddr_tokens, or leave it out")
+            text = f"max_tokens {self.max_tokens} is less than one block: write at least block_size, {self.block_size}"
+            yield Contradiction(text, ("max_tokens", "block_size"))
+        if not self.caches_prefixes:
+            off = "enable_cross_request_sharing" if self.enable_prefix_caching else "enable_prefix_caching"
+            for name in self.changed("ttl_s", "eviction", "max_pinned_ratio", "enable_tiering"):
+                text = f"{name} is for cached prefixes, but {off} is false: leave one of them out"
+                yield Contradiction(text, (name, off))
+        for switch, names in _SWITCHED.items():
+            for name in self.changed(*names) if not getattr(self, switch) else ():
+                text = f"{name} is for {switch}: true: write that, or leave {name} out"
+                yield Contradiction(text, (name, switch))
+        if self.enable_tiering:
+            yield from self._contradictions_of_sizes()
+            if self.ttl_s:
+                text = f"ttl_s {self.ttl_s:g} forgets what enable_tiering keeps: leave one of them out"
+                yield Contradiction(text, ("ttl_s", "enable_tiering"))
         if not self.promote_below <= self.demote_to <= self.demote_above:
             found = f"promote_below {self.promote_below}, demote_to {self.demote_to}, demote_above {self.demote_above}"
-            raise ValueError(f"found {found}: write them in ascending order")
-        return self
+            marks = self.changed("demote_to", "demote_above", "promote_below")
+            yield Contradiction(f"found {found}: write them in ascending order", tuple(marks))
+
+    def _contradictions_of_sizes(self) -> Iterator[Contradiction]:
+        """Those of the sizes of tiers, where there are some."""
+        sizes, ratios = [*self.changed("ddr_tokens", "nvme_tokens")], [*self.changed(*_RATIOS)]
+        if sizes and ratios:
+            text = f"found {ratios[0]} and {sizes[0]}: write the sizes as shares or as tokens, not both"
+            yield Contradiction(text, (ratios[0], sizes[0]))
+            return
+        if ratios and (not self.hbm_ratio or abs(self.hbm_ratio + self.ddr_ratio + self.nvme_ratio - 1) > 1e-6):
+            found = f"found hbm_ratio {self.hbm_ratio:g}, ddr_ratio {self.ddr_ratio:g}, nvme_ratio {self.nvme_ratio:g}"
+            text = f"{found}: write shares that add up to 1, that of the pool, hbm_ratio, above 0"
+            yield Contradiction(text, tuple(ratios))
+            return
+        ddr, nvme = self.tier_tokens
+        if not ddr and not nvme:
+            text = "enable_tiering: say how large the tiers are, ddr_tokens: 262144 for example"
+            yield Contradiction(text, ("enable_tiering",))
+        for tier, tokens in (("ddr", ddr), ("nvme", nvme)):
+            if 0 < tokens < self.block_size:
+                size = f"{tier}_ratio" if ratios else f"{tier}_tokens"
+                text = f"{size}: {tokens} tokens are less than one block: write at least block_size, {self.block_size}"
+                yield Contradiction(text, (size, "block_size"))
+        if bool(nvme) != (self.nvme_path is not None):
+            size = "nvme_ratio" if ratios else "nvme_tokens"
+            found, lacking = (size, "nvme_path") if nvme else ("nvme_path", "nvme_tokens")
+            text = f"{found} goes together with {lacking}, which is not given: give both, or neither"
+            yield Contradiction(text, (found,))
+        if self.enable_migration and not ddr:
+            text = "enable_migration moves blocks between the pool and DDR: give ddr_tokens, or leave it out"
+            yield Contradiction(text, ("enable_migration",))
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether what one request has computed is kept for others."""
+        return self.enable_prefix_caching and self.enable_cross_request_sharing
 
     @property
     def watermarks(self) -> tuple[float, float, float]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import model_validator
-
-from .base import Config, Positive, Ratio, refuse
+from .base import Config, Positive, Ratio
 from .choices import DType, Dtype
+from .problems import not_available
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .problems import Contradiction
 
 
 class ModelConfig(Config):
@@ -33,10 +37,6 @@ class ModelConfig(Config):
     sparsity_pattern: str | None = None
     sparsity_ratio: Ratio = 0.0
 
-    @model_validator(mode="after")
-    def _available(self) -> ModelConfig:
-        refuse(self.quantization is not None, "model.quantization", "leave it out to run the checkpoint's own dtype")
-        refuse(self.quantization_config is not None, "model.quantization_config", "leave it out")
-        refuse(self.sparsity_pattern is not None, "model.sparsity_pattern", "leave it out")
-        refuse(self.sparsity_ratio > 0, "model.sparsity_ratio", "leave it at 0")
-        return self
+    def contradictions(self) -> Iterator[Contradiction]:
+        for name in self.changed("quantization", "quantization_config", "sparsity_pattern", "sparsity_ratio"):
+            yield not_available(name, f"model.{name}", "leave it out to run the checkpoint as it is")

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from .base import Config, Positive
 from .choices import Isolated, Isolation, Mode, Policy, SchedulerMode, SchedulerPolicy
+from .problems import Contradiction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_HEEDED_BY = {
+    "tenant_weights": (SchedulerPolicy.FAIR_SHARE,),
+    "max_overtakes": (SchedulerPolicy.LONGEST_PREFIX, SchedulerPolicy.SHORTEST_JOB),
+}
+
+
+def _most(rows: int) -> Callable[[dict[str, Any]], int]:
+    """A default that `max_batch_size`, where it is smaller, takes with it."""
+    return lambda values: min(rows, values.get("max_batch_size", rows))
 
 
 class SchedulerConfig(Config):
@@ -53,8 +67,8 @@ class SchedulerConfig(Config):
     isolation: Isolated = Isolation.THREAD
     step_timeout_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     max_batch_size: Positive = 64
-    max_prefill_batch: Positive = 8
-    max_decode_batch: Positive = 64
+    max_prefill_batch: Positive = Field(default_factory=_most(8))
+    max_decode_batch: Positive = Field(default_factory=_most(64))
     max_step_tokens: Positive | None = None
     prefill_steps: Positive | None = None
     decode_steps: Positive | None = None
@@ -66,28 +80,26 @@ class SchedulerConfig(Config):
     queue_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     first_token_timeout_s: Annotated[float, Field(ge=0)] = 0.0
 
-    @model_validator(mode="after")
-    def _available(self) -> SchedulerConfig:
-        if self.mode is not SchedulerMode.TIME_SHARE and (self.prefill_steps or self.decode_steps):
-            raise ValueError("prefill_steps and decode_steps are for mode: time_share: write that, or leave them out")
-        if self.mode is not SchedulerMode.STRICT:
-            for name in ("prefill_workers", "decode_workers", "transfer_timeout_s"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is for mode: strict: write that, or leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _heeded(self) -> SchedulerConfig:
+    def contradictions(self) -> Iterator[Contradiction]:
+        for wanted, names in (
+            (SchedulerMode.TIME_SHARE, ("prefill_steps", "decode_steps")),
+            (SchedulerMode.STRICT, ("prefill_workers", "decode_workers", "transfer_timeout_s")),
+        ):
+            for name in self.changed(*names) if self.mode is not wanted else ():
+                text = f"{name} is for mode: {wanted}: write that, or leave {name} out"
+                yield Contradiction(text, (name, "mode"))
         if self.step_timeout_s is not None and self.isolation is Isolation.THREAD:
-            raise ValueError("step_timeout_s is for isolation: process: a thread that hangs cannot be ended")
-        policy = self.policy
-        if self.tenant_weights and policy is not SchedulerPolicy.FAIR_SHARE:
-            raise ValueError(f"policy {policy.name} ignores tenant_weights: leave them out, or write policy FAIR_SHARE")
-        bounded = (SchedulerPolicy.LONGEST_PREFIX, SchedulerPolicy.SHORTEST_JOB)
-        if self.max_overtakes is not None and policy not in bounded:
-            instead = "leave it out, or write policy LONGEST_PREFIX or SHORTEST_JOB"
-            raise ValueError(f"policy {policy.name} ignores max_overtakes: {instead}")
-        return self
+            text = "step_timeout_s is for isolation: process, since a thread that hangs cannot be ended: write that"
+            yield Contradiction(f"{text}, or leave it out", ("step_timeout_s", "isolation"))
+        for name, policies in _HEEDED_BY.items():
+            if self.policy not in policies:
+                for given in self.changed(name):
+                    text = f"policy {self.policy} ignores {given}: leave it out, or write policy: "
+                    yield Contradiction(text + " or ".join(policies), (given, "policy"))
+        for name, most in (("max_prefill_batch", self.num_slots), ("max_decode_batch", self.max_batch_size)):
+            if getattr(self, name) > most:
+                text = f"{name} is {getattr(self, name)}, but {most} run at once: write at most that, or raise "
+                yield Contradiction(f"{text}max_batch_size", (name, "max_batch_size"))
 
     @property
     def num_workers(self) -> int:

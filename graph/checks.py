@@ -88,17 +88,22 @@ def _check_connected(draft: Draft, problems: Problems) -> None:
             if (name, port.name) not in used_in and not port.optional:
                 problems.add(path, f"nothing enters {name}.{port.name}; write `... -> {name}.{port.name}`", at_key=True)
         for port in spec.outputs:
-            if (name, port.name) not in used_out and not port.optional:
+            if (name, port.name) not in used_out:
                 _note_unwired(name, port, draft, problems)
 
 
 def _note_unwired(name: str, port: Port, draft: Draft, problems: Problems) -> None:
-    if port.name != "error":
+    if port.optional:
+        for setting in draft.configs[name].changed(port.setting) if port.setting and name in draft.configs else ():
+            text = f"{setting} is for what {name}.{port.name} gives, but that goes nowhere; write "
+            text += f"`{name}.{port.name} -> ...` under edges, or leave {setting} out"
+            problems.add(("operators", name, setting), text, at_key=True)
+    elif port.name != "error":
         text = f"what {name}.{port.name} gives goes nowhere; write `{name}.{port.name} -> ...` under edges"
         problems.add(("operators", name), text, at_key=True)
     elif draft.on_error.get(name) == "route":
         text = f"the error port of {name!r} is not wired; write `{name}.error -> <a sink>` under edges, or "
-        text += f"`on_error: drop` or `on_error: fail` at {name!r}; `\"*.error -> <a sink>\"` wires all that are left"
+        text += f'`on_error: drop` or `on_error: fail` at {name!r}; `"*.error -> <a sink>"` wires all that are left'
         problems.add(("operators", name), text, at_key=True)
 
 

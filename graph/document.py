@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 from ..errors import PipelineError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 KeyPath = tuple[str | int, ...]
 Position = tuple[int, int, int]  # sorts problems: command line first, then line and column
@@ -77,6 +80,12 @@ class Document:
             return (1, line, column), f"{self.source}:{line}:{column}"
         dotted = "1:1" if self.is_file else ".".join(map(str, path))
         return (1, 1, 1), f"{self.source}:{dotted}" if dotted else self.source
+
+    def find_cause(self, paths: Sequence[KeyPath]) -> KeyPath:
+        """Of values that contradict each other the one to point at: that of `--set`, else the first that is written."""
+        given = (path for path in paths if any(path[: length + 1] in self.origins for length in range(len(path))))
+        written = (path for path in paths if path in self.marks)
+        return next(given, None) or next(written, paths[0])
 
     def override(self, path: KeyPath, value: Any, origin: str) -> None:
         """Put a value at a path, as `--set` asks; missing mappings on the way are created.

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..config import Config, SageLLMConfig
+from ..config import SageLLMConfig
+from ..config.wording import did_you_mean, nearest, show
 from ..errors import ConfigError, PipelineError
 from .checks import Draft, check_graph
 from .document import Document, KeyPath, parse_value, read_document
+from .engine_checks import check_engine
 from .fields import validate_model
 from .pipeline import Node, Pipeline
-from .problems import Problems, did_you_mean, nearest, show
+from .problems import Problems
 from .registry import FOR_PROGRAMS, all_specs, find_spec, load_plugins
 from .substitution import resolve_references
 from .wiring import read_edges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from .operator_spec import OperatorSpec
 
@@ -95,7 +97,7 @@ def _build(
     known = {node: spec for node, spec in specs.items() if spec is not None}
     edges = check_graph(Draft(known, configs, on_error, wiring, len(known) == len(specs)), base_dir, problems)
     if engine is not None and len(known) == len(specs):
-        _check_measured(engine, known.values(), problems)
+        check_engine(engine, known.values(), problems)
     if len(problems) or engine is None:
         raise problems.error()
     return Pipeline(
@@ -108,17 +110,6 @@ def _build(
         max_error_ratio=None if ratio is None else float(ratio),
         resolved=data,
     )
-
-
-def _check_measured(engine: SageLLMConfig, specs: Iterable[OperatorSpec], problems: Problems) -> None:
-    """What `benchmark` asks for is what the stages do."""
-    benchmark, measured = engine.benchmark, any("measured" in spec.provides for spec in specs)
-    if benchmark.enable_gates and not measured:
-        text = "enable_gates needs the figures of a 'metrics' stage; add `metrics:` behind detokenize"
-        problems.add(("engine", "benchmark", "enable_gates"), text)
-    if measured and not benchmark.enable_metrics:
-        text = "enable_metrics is false, but there is a 'metrics' stage; leave one of them out"
-        problems.add(("engine", "benchmark", "enable_metrics"), text)
 
 
 def _override(text: str, document: Document, problems: Problems) -> None:
@@ -161,7 +152,6 @@ def _override(text: str, document: Document, problems: Problems) -> None:
 
 
 def _read_engine(value: Any, problems: Problems) -> SageLLMConfig | None:
-    """Validate section by section, so that one section's "not available yet" does not hide another's problems."""
     if isinstance(value, SageLLMConfig):
         return value
     if value is None:
@@ -169,19 +159,9 @@ def _read_engine(value: Any, problems: Problems) -> SageLLMConfig | None:
     if not isinstance(value, dict):
         problems.add(("engine",), f"found {show(value)}; write a mapping with {', '.join(SageLLMConfig.model_fields)}")
         return None
-    checked: dict[str, Any] = {}
-    sound = True
-    for key, section in value.items():
-        annotation = SageLLMConfig.model_fields[key].annotation if key in SageLLMConfig.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, Config) and isinstance(section, (dict, type(None))):
-            config = validate_model(annotation, section or {}, ("engine", key), f"engine.{key}", problems)
-            sound &= config is not None
-            checked[key] = config
-        else:
-            checked[key] = section
-    rest = {key: section for key, section in checked.items() if section is not None}
-    config = validate_model(SageLLMConfig, rest, ("engine",), "engine", problems)
-    return config if sound and isinstance(config, SageLLMConfig) else None
+    given = {key: section for key, section in value.items() if section is not None}
+    config: SageLLMConfig | None = validate_model(SageLLMConfig, given, ("engine",), "engine", problems)
+    return config
 
 
 def _read_operators(

@@ -30,12 +30,14 @@ class Port:
 
     An output port with `same_as` gives what arrives at that input port (filter, map, tee). An `optional` port may be
     left without an edge; every other port must have one (the error port: unless `on_error` is `drop` or `fail`).
+    `setting` names the operator's field that is for this port, and so for nothing where no edge leaves it.
     """
 
     name: str
     kinds: frozenset[RecordKind] = ANY_KIND
     same_as: str | None = None
     optional: bool = False
+    setting: str | None = None
 
 
 ERROR_PORT = Port("error", frozenset({RecordKind.DEAD_LETTER}))

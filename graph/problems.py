@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import PipelineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from .document import Document, KeyPath
-
-YAML_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "list", dict: "mapping"}
 
 
 class Problems:
@@ -29,6 +27,10 @@ class Problems:
         position, where = self.document.locate(path, at_key=at_key, offset=offset)
         self._found.add((position, f"{where}: {message}"))
 
+    def add_any(self, paths: Sequence[KeyPath], message: str, *, at_key: bool = False) -> None:
+        """Note a problem of several values together: where `--set` gave one of them, else at the first one written."""
+        self.add(self.document.find_cause(paths), message, at_key=at_key)
+
     def ignore(self, path: KeyPath) -> None:
         """From now on nothing is said of this value: why it is wrong has been noted already."""
         self._unknown.add(path)
@@ -39,36 +41,3 @@ class Problems:
     def error(self) -> PipelineError:
         """The error that carries everything found, in the order of the file."""
         return PipelineError([text for _, text in sorted(self._found)])
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that is most like a wrong one, or None."""
-    from difflib import get_close_matches
-
-    by_lower = {valid_name.lower(): valid_name for valid_name in sorted(valid)}
-    near = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[near[0]] if near else None
-
-
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the nearest valid name, else the list of valid names."""
-    names = sorted(valid)
-    near = nearest(name, names)
-    if near is not None:
-        return f"; did you mean {near!r}?"
-    if not names:
-        return ""
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"; write one of: {shown}"
-
-
-def show(value: Any) -> str:
-    """A found value in the words of YAML, cut to a readable length."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (list, dict)):
-        return f"a {YAML_TYPES[type(value)]}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

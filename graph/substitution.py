@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ..config.wording import nearest
 from .document import KeyPath, parse_value
-from .problems import Problems, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from .problems import Problems
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^{}]*)\}|\$\{")
 _BODY = re.compile(r"(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:.*)?", re.DOTALL)

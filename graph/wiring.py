@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ..config.wording import did_you_mean, nearest, show
 from .pipeline import Edge
-from .problems import did_you_mean, nearest, show
 from .registry import find_spec
 
 if TYPE_CHECKING:

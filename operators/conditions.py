@@ -6,16 +6,17 @@ import operator
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from ..config import Config
+from ..config.problems import Contradiction
+from ..config.wording import did_you_mean, show
 from ..errors import RequestError
 from ..graph.checks import words
-from ..graph.problems import did_you_mean, show
 from .record_fields import RECORD_TYPES, NoSuchFieldError, find_type, groups_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ..graph.operator_spec import RecordKind
 
@@ -53,16 +54,14 @@ class Condition(Config):
                 raise ValueError("no path to a field; write names with dots between, such as request.tenant")
         return path
 
-    @model_validator(mode="after")
-    def _value_fits(self) -> Condition:
+    def contradictions(self) -> Iterator[Contradiction]:
         if self.op == "matches":
             try:
                 re.compile(self.value)
             except (TypeError, re.error) as error:
-                raise ValueError(f"value {self.value!r} is no regular expression: {error}") from error
+                yield Contradiction(f"value {self.value!r} is no regular expression: {error}", ("value", "op"))
         elif self.op in ("in", "not in") and not isinstance(self.value, list):
-            raise ValueError(f"value {self.value!r} is no list; write `value: [a, b]`")
-        return self
+            yield Contradiction(f"value {self.value!r} is no list; write `value: [a, b]`", ("value", "op"))
 
     def explain_misfit(self, kinds: frozenset[RecordKind]) -> tuple[str, str] | None:
         """The key that no record of these kinds can meet, and why; None where some can."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from pydantic import Field
 
-from ..errors import ConfigError
 from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import ERROR_PORT, Port, RecordKind, operator
 from .worker_door import WorkerDoor, WorkerDoorConfig
@@ -45,7 +44,7 @@ class Decode(WorkerDoor[DecodeConfig]):
     inputs = (Port("in", frozenset({RecordKind.SEQUENCE})),)
     outputs = (
         Port("out", frozenset({RecordKind.SEQUENCE, RecordKind.DELTA})),
-        Port("events", frozenset({RecordKind.KV_EVENT}), optional=True),
+        Port("events", frozenset({RecordKind.KV_EVENT}), optional=True, setting="max_event_blocks"),
         ERROR_PORT,
     )
     requires = frozenset({"prefilled"})
@@ -67,17 +66,7 @@ edges:
             worker.limit_decode(self.config.max_batch)
 
     async def open(self) -> None:
-        """Connect to the worker, and to its cache if somebody reads the events.
-
-        Raises:
-            ConfigError: `max_event_blocks` is given, but no edge leaves `events`.
-        """
-        if "max_event_blocks" in self.config.model_fields_set and "events" not in self.context.wired:
-            name = self.context.name
-            raise ConfigError(
-                f"{name}.max_event_blocks bounds events that nobody reads: leave it out, or write "
-                f"`{name}.events -> ...` under edges"
-            )
+        """Connect to the worker, and to its cache if somebody reads the events."""
         await super().open()
         self._rung: Mailbox[None] = Mailbox()
         self._logs = self._listen() if "events" in self.context.wired else []

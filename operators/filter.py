@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from ..config.problems import Contradiction
 from ..records import DeadLetter, TokenDelta
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from .conditions import Condition  # noqa: TC001 - pydantic reads the annotation
@@ -24,11 +25,10 @@ class FilterConfig(OperatorConfig):
     where: list[Condition] = Field(default_factory=list)
     function: FunctionName | None = None
 
-    @model_validator(mode="after")
-    def _one_of_both(self) -> FilterConfig:
+    def contradictions(self) -> Iterator[Contradiction]:
         if bool(self.where) == (self.function is not None):
-            raise ValueError("write either `where: [{field: ..., op: ..., value: ...}]` or `function: <name>`")
-        return self
+            text = "write either `where: [{field: ..., op: ..., value: ...}]` or `function: <name>`"
+            yield Contradiction(text, ("function", "where"))
 
     def explain_misfits(self, kinds: frozenset[RecordKind]) -> Iterator[tuple[KeyPath, str]]:
         judged = kinds - {RecordKind.DELTA}

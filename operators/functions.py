@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator
 
+from ..config.wording import did_you_mean, nearest
 from ..errors import ConfigError, RequestError
-from ..graph.problems import did_you_mean, nearest
 from ..records import DeadLetter
 from ..runtime.flow.ledger import request_of
 

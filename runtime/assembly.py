@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..config import InferenceMode
-from ..errors import ConfigError
 from .calls import tell_end
 from .flow.flow import Flow
 from .flow.ledger import Ledger
@@ -14,7 +12,6 @@ from .flow.operator import Operator, OperatorContext
 from .flow.resume import ResumeIndex
 
 if TYPE_CHECKING:
-    from ..config import SageLLMConfig
     from ..graph.pipeline import Node, Pipeline
     from .flow.ledger import Settled
     from .services import EngineServices
@@ -24,11 +21,8 @@ def assemble(pipeline: Pipeline, services: EngineServices) -> Flow:
     """Make the operators of a pipeline and connect them.
 
     Raises:
-        ConfigError: sequences, which own KV blocks, are to be copied to several edges; or KV is to go to lower tiers or
-            to come from them, but the stage that does that is missing.
+        ConfigError: sequences, which own KV blocks, are to be copied to several edges.
     """
-    if services.is_needed_by(pipeline):
-        _check_kv_stages(pipeline, services.config)
     ledger = Ledger()
     ledger.on_settled(lambda settled: services.release([request for request, _ in settled]))
     resume = ResumeIndex(pipeline.edges)
@@ -53,19 +47,6 @@ def _tell_callers(flow: Flow, services: EngineServices, settled: Settled) -> Non
     for request, outcome in settled:
         tell_end(request, None, outcome)
     services.calls.forget(settled)
-
-
-def _check_kv_stages(pipeline: Pipeline, config: SageLLMConfig) -> None:
-    stages = {node.spec.name for node in pipeline.nodes.values()}
-    mode, files = config.inference_mode, config.kv_cache.nvme_path is not None
-    imports = mode is InferenceMode.DECODE_ONLY
-    exports = mode is InferenceMode.PREFILL_ONLY and files
-    for option, stage, wanted in (
-        ("inference_mode DECODE_ONLY imports KV", "kv_lookup", imports),
-        ("inference_mode PREFILL_ONLY exports KV", "kv_commit", exports),
-    ):
-        if wanted and stage not in stages:
-            raise ConfigError(f"engine.{option} in the stage {stage}, which the pipeline lacks: write `{stage}: {{}}`")
 
 
 def _make(node: Node, context: OperatorContext) -> Operator[Any]:

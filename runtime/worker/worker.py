@@ -84,7 +84,7 @@ class Worker:
             self.blocks,
             max_step_tokens,
             scheduler.max_prefill_batch,
-            min(scheduler.max_decode_batch, scheduler.max_batch_size),
+            scheduler.max_decode_batch,
             time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,
             chunk_budget=self._chunk_budget,
         )

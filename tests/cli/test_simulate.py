@@ -89,7 +89,7 @@ def test_a_slower_device_takes_longer_and_the_limit_holds(simulate):
         (
             ["--policy", "longest_prefix", "--set", "engine.kv_cache.enable_prefix_caching=false"],
             78,
-            "hybrid, longest_prefix: : Value error, scheduler.policy LONGEST_PREFIX needs prefixes",
+            "hybrid, longest_prefix: engine: scheduler.policy longest_prefix needs prefixes",
         ),
         (["--ttft-slo-ms", "5", "--ttft-slo-ms", "9"], 2, "2 --ttft-slo-ms, but 1 --tpot-slo-ms: give pairs"),
     ],

@@ -18,6 +18,10 @@ class PathConfig(OperatorConfig):
     path: str
 
 
+class EventsConfig(OperatorConfig):
+    max_events: int = 9
+
+
 class BatchConfig(OperatorConfig):
     max_batch: Annotated[int, Field(gt=0)] = 8
 
@@ -54,6 +58,8 @@ def fake_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     declare("write", (port("in", COMPLETION, DEAD),), (), config_model=PathConfig, writes="path")
     declare("filter", (port("in"),), (port("out", same_as="in"), port("rejected", same_as="in", optional=True)))
     declare("look", (port("in", SEQUENCE),), (port("out", SEQUENCE),), precedes=frozenset({"prefilled"}))
+    events = port("events", SEQUENCE, optional=True, setting="max_events")
+    declare("watch", (port("in", SEQUENCE),), (port("out", SEQUENCE), events), config_model=EventsConfig)
     declare("measure", (port("in"),), (port("out", same_as="in"),), provides=frozenset({"measured"}))
     declare("tee", (port("in"),), (port("left", same_as="in"), port("right", same_as="in")))
     declare("merge", (port("left"), port("right")), (port("out", same_as="left"),))

@@ -52,7 +52,7 @@ CASES = {
     "nested field": (("  prefill: {}", "  prefill: {restart: {windw_s: 3}}"), r"p.yaml:9:23: .*no field 'restart.windw_s'; did you mean 'window_s'\?"),
     "fields not a mapping": (("  prefill: {}", "  prefill: 3"), r"p.yaml:9:12: operator 'prefill': found 3; write a mapping"),
     "bad node name": (("  prefill: {}", "  pre fill: {}"), r"p.yaml:9:3: operator name 'pre fill'"),
-    "engine field": (("vars:", "engine: {model: {dtype: floot}}\nvars:"), r"p.yaml:2:25: engine.model, field 'dtype': found 'floot', .*float32"),
+    "engine field": (("vars:", "engine: {model: {dtype: floot}}\nvars:"), r"p.yaml:2:25: engine, field 'model.dtype': found 'floot', .*float32"),
     "engine section": (("vars:", "engine: {modle: {}}\nvars:"), r"p.yaml:2:10: engine has no field 'modle'; did you mean 'model'\?"),
     "engine not available": (("vars:", "engine: {model: {quantization: int8}}\nvars:"), r"p.yaml:2:18: model.quantization is not available yet"),
     "error ratio": (("name: good", "name: good\nmax_error_ratio: 1.5"), r"p.yaml:2:18: found 1.5; write a number from 0 to 1"),
@@ -79,7 +79,7 @@ CASES = {
     "late stage": (("edges:\n  - read -> tokenize -> prefill ->", "  look:\nedges:\n  - read -> tokenize -> prefill -> look ->"), r"p.yaml:18:3: 'look' comes too late: its records are 'prefilled' already, by 'prefill'; put it upstream of 'prefill'"),
     "second single stage": (("edges:\n  - read -> tokenize ->", "  more: {type: prefill}\nedges:\n  - read -> tokenize -> more ->"), r"p.yaml:18:3: 'more' is a second 'prefill' beside 'prefill'; a pipeline has one worker"),
     "copied sequences": (("edges:", "  look:\nedges:\n  - tokenize -> look -> prefill"), r"p.yaml:21:25: tokenize.out gives sequences, which cannot be copied, and goes to 'look' already; leave one edge"),
-    "gates without figures": (("vars:", "engine: {benchmark: {enable_gates: true}}\nvars:"), r"p.yaml:2:36: enable_gates needs the figures of a 'metrics' stage; add `metrics:`"),
+    "gates without figures": (("vars:", "engine: {benchmark: {enable_gates: true, max_ttft_ms: 9}}\nvars:"), r"p.yaml:2:36: enable_gates needs the figures of a 'metrics' stage; add `metrics:`"),
     "two writers": (("path: dead.jsonl", "path: ./x/../answers.jsonl"), r"p.yaml:17:11: 'dead' writes './x/../answers.jsonl', which 'write' writes too"),
     "input is an output": (("path: dead.jsonl", "path: ./questions.jsonl"), r"p.yaml:17:11: 'dead' writes 'questions.jsonl', which 'read' reads; name another file"),
     "kinds that fit in part": (("edges:\n  - read -> tokenize -> prefill -> decode ->", "  more: {type: prefill}\nedges:\n  - read -> tokenize -> prefill -> decode -> more ->"), r"p.yaml:20:46: decode.out gives sequence or delta, but more.in takes sequence; let more.in take delta too"),
@@ -100,7 +100,14 @@ def test_a_problem_is_found_where_it_is(case: str, problems: Any) -> None:
 
 
 def test_behind_an_unknown_operator_nothing_is_guessed(problems: Any) -> None:
-    assert len(problems(("detokenize -> write", "detokenize -> own -> filter -> write"), ("edges:", "  own:\n  filter:\nedges:"))) == 1
+    assert (
+        len(
+            problems(
+                ("detokenize -> write", "detokenize -> own -> filter -> write"), ("edges:", "  own:\n  filter:\nedges:")
+            )
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("case", ["unknown operator", "misspelt operator", "unknown field", "mistyped field", "unresolved", "unknown output port",
@@ -187,6 +194,79 @@ def test_a_stage_must_stand_on_every_path(problems: Any) -> None:
     )
     assert len(found) == 1
     assert "'decode' needs records that are 'prefilled', but those from 'tee' are not" in found[0]
+
+
+CONTRADICTIONS = {
+    "a switch that is off": ("{kv_cache: {max_tokens: 64, hot_threshold: 2}}", "p.yaml:2:37: engine.kv_cache: hot_threshold is for enable_migration: true"),
+    "a limit above another": ("{scheduler: {max_batch_size: 4, max_decode_batch: 8}}", "p.yaml:2:41: engine.scheduler: max_decode_batch is 8, but 4 run at once"),
+    "a limit below a default": ("{kv_cache: {granularity: token, block_size: 99999}}", "p.yaml:2:41: engine.kv_cache: max_tokens 65536 is less than one block"),
+    "between sections": ("{kv_cache: {block_size: 8}, scheduler: {max_batch_size: 4, preemption: swap}}", "p.yaml:2:68: engine: scheduler.preemption swap keeps KV in DDR"),
+    "devices": ("{scheduler: {mode: strict}, backend: {threads: 1, device_ids: [0, 1, 2]}}", "p.yaml:2:59: engine: backend.device_ids: found [0, 1, 2], give one, or 2: one for each worker"),
+    "one device": ("{backend: {device_ids: [0, 1]}}", "p.yaml:2:20: engine: backend.device_ids: found [0, 1], give one"),
+    "a policy": ("{scheduler: {max_overtakes: 3}}", "p.yaml:2:22: engine.scheduler: policy fcfs ignores max_overtakes: leave it out, or write policy: longest_prefix or shortest_job"),
+    "no gate": ("{benchmark: {enable_gates: true}}", "p.yaml:2:22: engine.benchmark: enable_gates is true, but there is no gate"),
+    "not available": ("{model: {seed: 1, sparsity_ratio: 0.5}}", "p.yaml:2:27: model.sparsity_ratio is not available yet"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_contradiction_points_at_the_guilty_key(case: str, problems: Any) -> None:
+    engine, expected = CONTRADICTIONS[case]
+    (found,) = problems(("vars:", f"engine: {engine}\nvars:"))
+    assert found.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("engine.scheduler.max_batch_size=4", "engine.scheduler: max_decode_batch is 8, but 4 run at once"),
+        ("engine.scheduler={max_batch_size: 4, max_decode_batch: 6}", "engine.scheduler: max_decode_batch is 6, but 4"),
+        ("engine.kv_cache.enable_prefix_caching=false", "engine.kv_cache: eviction is for cached prefixes, but"),
+        ("engine.scheduler.mode=strict", "engine: backend.device_ids: found [0, 0, 0], give one, or 2"),
+    ],
+)
+def test_a_contradiction_that_the_command_line_made_names_it(override: str, said: str, problems: Any) -> None:
+    engine = "{scheduler: {max_batch_size: 8, max_decode_batch: 8}, kv_cache: {eviction: lfu}"
+    engine += ", backend: {device_ids: [0, 0, 0]}}" if "strict" in override else "}"
+    found = problems(("vars:", f"engine: {engine}\nvars:"), overrides=(override,))
+    assert any(line.startswith(f"--set {override}: {said}") for line in found)
+
+
+def test_all_contradictions_are_told_at_once(problems: Any) -> None:
+    engine = "{scheduler: {decode_steps: 2, max_overtakes: 2}, kv_cache: {ddr_tokens: 64, demote_to: 0.5}}"
+    found = problems(("vars:", f"engine: {engine}\nvars:"))
+    assert [line.split(": ")[2].split()[0] for line in found] == ["decode_steps", "policy", "ddr_tokens", "demote_to"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "stages"),
+    [
+        ("enable_tiering: true, ddr_tokens: 4096", "enable_tiering", ["kv_commit", "kv_lookup"]),
+        ("eviction: lfu", "eviction", ["kv_commit"]),
+        ("ttl_s: 60", "ttl_s", ["kv_commit"]),
+        ("max_pinned_ratio: 0.1", "max_pinned_ratio", ["kv_commit"]),
+    ],
+)
+def test_what_is_asked_of_the_prefix_cache_needs_its_stages(
+    settings: str, key: str, stages: list[str], problems: Any
+) -> None:
+    found = problems(("vars:", f"engine: {{kv_cache: {{{settings}}}}}\nvars:"))
+    assert sorted(line.split("in the stage ")[1].split(",")[0] for line in found) == stages
+    assert all(line.startswith(f"p.yaml:2:21: {key} ") and line.endswith(f"or leave {key} out") for line in found)
+
+
+def test_tiers_for_swapping_need_no_stage(good: str, tmp_path: Path) -> None:
+    engine = "{kv_cache: {enable_tiering: true, ddr_tokens: 4096}, scheduler: {preemption: swap}}"
+    (tmp_path / "p.yaml").write_text(f"engine: {engine}\n{good}")
+    assert load_pipeline(tmp_path / "p.yaml").engine.kv_cache.enable_tiering
+
+
+def test_a_setting_for_a_port_that_goes_nowhere_is_a_problem(problems: Any) -> None:
+    watching = ("prefill -> decode", "prefill -> watch -> decode")
+    (found,) = problems(("edges:", "  watch:\n    max_events: 3\nedges:"), watching)
+    assert found.startswith(
+        "p.yaml:19:5: max_events is for what watch.events gives, but that goes nowhere; write `watch."
+    )
 
 
 def test_metrics_are_on_or_off_not_both(problems: Any) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
-from sageLLM.errors import PipelineError
+from sageLLM.errors import ConfigError, PipelineError
 from sageLLM.graph import load_pipeline
 from sageLLM.graph.operator_spec import RecordKind
 from sageLLM.operators.filter import Filter
@@ -121,7 +120,7 @@ def test_deltas_pass(through, make_completion):
     ],
 )
 def test_configurations_that_make_no_sense(config, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigError, match=message):
         Filter.config_model(**config)
 
 

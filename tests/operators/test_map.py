@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import anyio
 import pytest
-from pydantic import ValidationError
 
 from sageLLM.errors import ConfigError
 from sageLLM.operators.functions import register_function
@@ -74,7 +73,7 @@ def test_a_result_of_another_kind_is_a_dead_letter(through):
 
 
 def test_a_function_that_is_not_registered():
-    with pytest.raises(ValidationError, match=r"no function of that name .* did you mean 'test_map.shout'\?"):
+    with pytest.raises(ConfigError, match=r"no function of that name .* did you mean 'test_map.shout'\?"):
         Map.config_model(function="test_map.shut")
 
 

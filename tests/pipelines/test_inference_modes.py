@@ -13,8 +13,6 @@ from sageLLM import GenerateRequest, SageLLMConfig, SageLLMEngine
 from sageLLM.errors import ConfigError
 from sageLLM.graph import load_pipeline
 from sageLLM.records import Pooling, Request, SamplingParams
-from sageLLM.runtime.assembly import assemble
-from sageLLM.runtime.services import EngineServices
 
 YAML = """\
 engine:
@@ -156,6 +154,5 @@ def test_nothing_is_given_out_that_was_not_written(run_null, monkeypatch):
 )
 def test_a_pipeline_without_the_stage_that_moves_kv_is_refused(tmp_path, mode, stage, what):
     (tmp_path / "p.yaml").write_text(YAML.replace(f"  {stage}: {{}}\n", "").replace(f"{stage} -> ", ""))
-    pipeline = load_pipeline(tmp_path / "p.yaml", [f"engine.inference_mode={mode}"])
-    with pytest.raises(ConfigError, match=what):
-        assemble(pipeline, EngineServices(pipeline.engine))
+    with pytest.raises(ConfigError, match=f"^--set engine.inference_mode={mode}: .*{what}.*add `{stage}:`"):
+        load_pipeline(tmp_path / "p.yaml", [f"engine.inference_mode={mode}"])

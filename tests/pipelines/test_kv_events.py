@@ -8,7 +8,7 @@ import pytest
 
 import sageLLM.operators  # noqa: F401 - registers the built-in stages
 from sageLLM.errors import ConfigError
-from sageLLM.graph import build_pipeline
+from sageLLM.graph import build_pipeline, load_pipeline
 from sageLLM.graph.drawing import draw_text
 from sageLLM.kv_runtime import block_hashes
 
@@ -139,6 +139,10 @@ def test_the_drawing_names_the_port_and_a_wrong_target_is_told(tmp_path):
         build_pipeline(declared)
 
 
-def test_a_bound_for_events_that_nobody_reads_is_refused(make_run, make_requests):
-    run = make_run(make_requests(3), operators={"decode": {"max_event_blocks": 9}})()
-    assert "decode.max_event_blocks bounds events that nobody reads" in str(run.error)
+def test_a_bound_for_events_that_nobody_reads_is_refused(files):
+    pipeline = files.folder / "answers.yaml"
+    load_pipeline(pipeline, ["operators.decode.max_event_blocks=65536"])  # the default asks for nothing
+    with pytest.raises(ConfigError, match="max_event_blocks is for what decode.events gives, but that goes nowhere"):
+        load_pipeline(pipeline, ["operators.decode.max_event_blocks=9"])
+    with_events(files.folder)
+    load_pipeline(pipeline, ["operators.decode.max_event_blocks=9"])
