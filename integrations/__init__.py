@@ -1,0 +1,1 @@
+"""sageLLM inside other systems. Each needs an extra of its own, and nothing else of sageLLM imports from here."""
