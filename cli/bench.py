@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from ..errors import ConfigError
+from .common import check_known
+
 
 @click.group("bench")
 def command() -> None:
@@ -38,12 +41,11 @@ def overhead(requests: int, batch: int, profile: bool) -> None:
 def compare_command(peer: str, workloads: tuple[str, ...], dtype: str, threads: int, runs: int) -> None:
     """Ratios to a peer: same checkpoint, same requests, same machine, same run."""
     from ..benchmarks.compare import compare, format_comparison
+    from ..benchmarks.contenders import PEERS
     from ..benchmarks.workloads import WORKLOADS
 
-    unknown = [name for name in workloads if name not in WORKLOADS]
-    if unknown:
-        known = ", ".join(WORKLOADS)
-        raise click.BadParameter(f"no workload {unknown[0]!r}; there is: {known}", param_hint="--workload")
+    check_known("--peer", "peer", [peer], PEERS)
+    check_known("--workload", "workload", workloads, WORKLOADS)
     results = compare(workloads or WORKLOADS, peer, dtype, threads, runs, lambda text: click.echo(text, err=True))
     click.echo(format_comparison(results))
 
@@ -58,10 +60,7 @@ def kernels(threads: int, backend: str | None, operations: tuple[str, ...], seco
     from ..benchmarks.kernels import OPERATIONS, measure_kernels
     from ..config import BackendConfig, BackendType
 
-    unknown = [name for name in operations if name not in OPERATIONS]
-    if unknown:
-        known = ", ".join(OPERATIONS)
-        raise click.BadParameter(f"no operation {unknown[0]!r}; there is: {known}", param_hint="--operation")
+    check_known("--operation", "operation", operations, OPERATIONS)
     config = BackendConfig(backend_type=None if backend is None else BackendType(backend), threads=threads)
     click.echo(measure_kernels(config, operations or OPERATIONS, seconds))
 
@@ -83,8 +82,7 @@ def step_time(
     from ..benchmarks.workloads import SHAPES
     from ..config import BackendConfig, BackendType
 
-    if shape not in SHAPES:
-        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    check_known("--shape", "shape", [shape], SHAPES)
     config = BackendConfig(backend_type=None if backend is None else BackendType(backend), threads=threads)
     steps = time_steps(config, shape, batches, rounds, seed, fresh, lambda text: click.echo(text, err=True))
     click.echo(format_errors(steps, each))
@@ -101,12 +99,14 @@ def simulation(device: str, shape: str, requests: int, rate: float, threads: int
 
     On a preset only the device is not real: it answers when the preset's would have.
     """
+    from ..accel.device_presets import DEVICES
     from ..benchmarks.measurement import format_table
+    from ..benchmarks.simulated_device import LOCAL
     from ..benchmarks.simulation_check import check_simulation
     from ..benchmarks.workloads import SHAPES
 
-    if shape not in SHAPES:
-        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    check_known("--shape", "shape", [shape], SHAPES)
+    check_known("--device", "device", [device], (LOCAL, *DEVICES))
     rows = check_simulation(shape, device, requests, rate, threads)
     click.echo(format_table(["figure", "measured", "predicted", "error"], rows))
 
@@ -136,8 +136,7 @@ def slo(
     from ..benchmarks.slo import MixedLoad, compare_slo, format_served
     from ..benchmarks.workloads import SHAPES
 
-    if shape not in SHAPES:
-        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    check_known("--shape", "shape", [shape], SHAPES)
     load = MixedLoad(seconds, chats, documents, document_tokens)
     device = {"backend_type": backend, "threads": threads}
     click.echo(format_served(compare_slo(device, shape, slo_ms, load, runs, lambda text: click.echo(text, err=True))))
@@ -155,8 +154,7 @@ def plan(running: int, waiting: int, steps: int, policies: tuple[str, ...]) -> N
     from ..config import SchedulerPolicy
 
     known = [policy.value for policy in SchedulerPolicy]
-    if unknown := [name for name in policies if name not in known]:
-        raise click.BadParameter(f"no policy {unknown[0]!r}; there is: {', '.join(known)}", param_hint="--policy")
+    check_known("--policy", "policy", policies, known)
     cases: list[tuple[str, str, float | None]] = [(policy, "hybrid", None) for policy in policies or known]
     cases += [("fcfs", "time_share", None), ("fcfs", "hybrid", 12.0)] if not policies else []
     rows = []
@@ -250,7 +248,10 @@ def kv_trace(trace: Path, sizes: tuple[int, ...], policies: tuple[str, ...]) -> 
     requests, rows = read_block_ids(trace), []
     for size in sizes:
         for policy in policies:
-            result = replay(requests, size or None, KVEviction(policy))
+            try:
+                result = replay(requests, size or None, KVEviction(policy))
+            except ConfigError as error:
+                raise click.BadParameter(str(error), param_hint="--blocks") from error
             row = [f"{size or 'unlimited'}", policy, f"{result.hit_rate:.2%}", f"{result.saved_time:.2%}"]
             rows.append([*row, f"{result.lookups_per_second:.0f}"])
     click.echo(format_table(["blocks", "policy", "hit rate", "time saved", "lookups/s"], rows))
@@ -267,8 +268,7 @@ def kv_tiers(shape: str, tokens: int, threads: int, runs: int) -> None:
     from ..benchmarks.measurement import format_table
     from ..benchmarks.workloads import SHAPES
 
-    if shape not in SHAPES:
-        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    check_known("--shape", "shape", [shape], SHAPES)
     times = measure_kv_tiers(shape, tokens, threads, runs, lambda text: click.echo(text, err=True))
     rows = [
         [where, f"{seconds * 1000:.0f}", f"{times.recomputed / seconds:.1f}x"]

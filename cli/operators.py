@@ -19,7 +19,6 @@ def command(name: str | None, allow_modules: tuple[str, ...]) -> None:
     """List the operator types, or describe NAME: its fields, ports, guarantee and an example."""
     register_operators(allow_modules)
     from ..config.wording import did_you_mean
-    from ..errors import ConfigError
     from ..graph.registry import all_specs, find_spec, load_plugins
 
     load_plugins()
@@ -31,7 +30,7 @@ def command(name: str | None, allow_modules: tuple[str, ...]) -> None:
         return
     known = find_spec(name)
     if known is None:
-        raise ConfigError(f"no operator type {name!r}{did_you_mean(name, specs)}")
+        raise click.UsageError(f"no operator type {name!r}{did_you_mean(name, specs)}")
     click.echo("\n".join(describe(known)))
 
 

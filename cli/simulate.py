@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..config import KVEviction, SchedulerMode, SchedulerPolicy
-from .common import pipeline_arguments, read_pipeline
+from ..errors import ConfigError
+from .common import check_known, pipeline_arguments, read_pipeline
 
 if TYPE_CHECKING:
     from enum import StrEnum
@@ -81,17 +82,22 @@ def command(
     One row for each combination of what is repeated. The same input gives the same rows, but for the last column.
     """
     pipeline = read_pipeline(path, overrides, allow_modules)
-    from ..benchmarks.simulated_device import make_target
+    from ..accel.device_presets import DEVICES
+    from ..benchmarks.simulated_device import LOCAL, make_target
     from ..benchmarks.simulation import Objective, format_rows, run_scenario, scenarios
     from ..benchmarks.traces import TraceReplay, read_requests
     from ..runtime.garbage import collect_rarely
     from ..runtime.simulation.cluster import Routing
     from ..runtime.simulation.engine import Stages
 
+    check_known("--device", "device", [device], (LOCAL, *DEVICES))
     if len(ttft_slo_ms) != len(tpot_slo_ms):
         raise click.UsageError(f"{len(ttft_slo_ms)} --ttft-slo-ms, but {len(tpot_slo_ms)} --tpot-slo-ms: give pairs")
     objectives = [Objective(*pair) for pair in zip(ttft_slo_ms, tpot_slo_ms, strict=True)]
-    combinations = [*scenarios(pipeline.engine, modes, policies, evictions, workers, rate_scales)]
+    try:
+        combinations = [*scenarios(pipeline.engine, modes, policies, evictions, workers, rate_scales)]
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
     replay = TraceReplay(read_requests(trace)[:limit], spread)
     stages, target = Stages.of(pipeline), make_target(pipeline.engine, device)
     collect_rarely()

@@ -138,7 +138,6 @@ def test_set_changes_vars_and_keys(shell):
         (["answers.yaml", "--set", "inputs=x"], "did you mean 'input'?"),
         (["answers.yaml", "--set", "engine.model.quantization=int4"], "not available yet"),
         (["answers.yaml", "--set", "input=absent.jsonl"], "absent.jsonl"),
-        (["answers.yaml", "--allow-module", "absent_module"], "absent_module"),
     ],
 )
 def test_a_wrong_pipeline_is_78(shell, arguments, said):

@@ -126,8 +126,8 @@ def test_a_module_that_cannot_be_imported(
     monkeypatch.delitem(sys.modules, "torn", raising=False)
     (folder / "torn.py").write_text(text)
     result = CliRunner().invoke(cli, ["validate", "p.yaml", "--allow-module", module])
-    assert result.exit_code == 78
-    assert result.stderr == f"--allow-module {module}: {told}\n"
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"\nError: --allow-module {module}: {told}\n")
 
 
 def test_graph_in_four_formats(folder: Path) -> None:
@@ -175,8 +175,15 @@ def test_the_ends_of_the_engine_are_described_but_not_offered(folder: Path) -> N
 
 def test_operators_knows_the_nearest_name(folder: Path) -> None:
     result = call("operators", "lins")
-    assert result.exit_code == 78
-    assert result.stderr == "no operator type 'lins'; did you mean 'lines'?\n"
+    assert result.exit_code == 2
+    assert result.stderr.endswith("\nError: no operator type 'lins'; did you mean 'lines'?\n")
+
+
+@pytest.mark.parametrize("setting", ["input", "=3", "operators..buffer=3"])
+def test_a_setting_without_key_or_value_is_a_usage_error(folder: Path, setting: str) -> None:
+    result = call("validate", "p.yaml", "--set", setting)
+    assert result.exit_code == 2
+    assert f"Invalid value for '--set': '{setting}': write key=value, as in --set input=x.jsonl" in result.stderr
 
 
 def test_schema_knows_the_operators_of_allowed_modules(folder: Path) -> None:
