@@ -9,10 +9,14 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .execution_graph import NodeKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
     from .execution_graph import Node
 
@@ -54,6 +58,13 @@ class OperationRates:
         """Seconds of a node that computes `flops` in `rows` rows and reads and writes `num_bytes`."""
         work = flops / rows * self.row_seconds(rows) if flops else 0.0
         return max(work, num_bytes / self.bytes_per_s) + self.launch_s + self.row_s * rows
+
+    def seconds_of_each(
+        self, rows: int, flops: NDArray[np.float64], num_bytes: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The same of many nodes with as many rows; equal bit by bit."""
+        work = flops / rows * self.row_seconds(rows)
+        return np.maximum(work, num_bytes / self.bytes_per_s) + self.launch_s + self.row_s * rows
 
 
 @dataclass(frozen=True, slots=True)

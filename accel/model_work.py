@@ -8,9 +8,14 @@ SC 2021, appendix). An element that is copied, scaled or compared counts as one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .execution_graph import NodeKind
+
+Number = TypeVar("Number", float, NDArray[np.float64])
 
 
 class ModelShape(Protocol):
@@ -115,7 +120,7 @@ class ModelWork:
             NodeKind.SAMPLE: RowWork(float(model.vocab_size), 0.0, float(size * model.vocab_size), 8),
         }
 
-    def decode_attention(self, rows: int, tokens: float) -> tuple[float, float]:
+    def decode_attention(self, rows: int, tokens: Number) -> tuple[Number, Number]:
         """(FLOPs, bytes) of a layer's attention of `rows` tokens to `tokens` of KV, summed over the rows."""
         return self._pair_flops * tokens, self.kv_bytes_per_layer * tokens + 2 * self._q_bytes * rows
 

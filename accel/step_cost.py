@@ -103,6 +103,15 @@ class StepCost:
                 attention += rates.seconds(length, *self._work.prefill_attention(start, length))
         return seconds + self._num_layers * attention
 
+    def decode_seconds(self, rows: int, contexts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of steps that only decode as many rows; those of the n-th attend to `contexts[n]` tokens together. Equal, bit
+        by bit, to what `step_seconds` says of each."""
+        rates = self.rates.operations[NodeKind.DECODE_ATTN]
+        seconds = self.rates.step_s + self._token_seconds.at(rows)
+        seconds += self._logit_seconds.at(rows)
+        flops, num_bytes = self._work.decode_attention(rows, contexts.astype(np.float64))
+        return seconds + self._num_layers * rates.seconds_of_each(rows, flops, num_bytes)
+
     def prompt_seconds(self, start: int, end: int) -> float:
         """Seconds to compute tokens [start, end) of a prompt by itself."""
         chunk = self._chunk_tokens

@@ -21,6 +21,10 @@ class BlockCopies:
         self._pending: list[BlockCopy] = []
         self._taken: list[int] = []  # sources of those that the newest plan took
 
+    def __len__(self) -> int:
+        """Those that no plan has taken."""
+        return len(self._pending)
+
     def add(self, copy: BlockCopy) -> None:
         """Have a block copied; its source has been retained for it."""
         self._pending.append(copy)

@@ -84,6 +84,11 @@ class Planner:
                 break
         return decode, chunks
 
+    def advance(self, steps: int) -> None:
+        """So many steps that only decode were planned elsewhere, and the table says so."""
+        if self._time_share is not None:
+            self._time_share.take(prefill=False, steps=steps)
+
     # -- decode ------------------------------------------------------------------------------------------------------
 
     def _decode_slots(self, unread_steps: int) -> NDArray[np.int64]:

@@ -116,6 +116,10 @@ class ChunkBudget:
         lengths = np.array([len(chunk.tokens) for chunk in plan.chunks], np.int64)
         starts = np.array([chunk.start for chunk in plan.chunks], np.int64)
         estimate = self._cost.step_seconds(plan.decode_positions + 1, starts, lengths, len(plan.sample_slots))
+        self.follow(seconds, estimate)
+
+    def follow(self, seconds: float, estimate: float) -> None:
+        """A step has taken so long, and was estimated to take as long."""
         if estimate > 0:
             ratio = min(max(seconds / estimate, PACES[0]), PACES[1])
             self.pace += SMOOTHING * (ratio - self.pace)

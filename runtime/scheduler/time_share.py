@@ -25,8 +25,8 @@ class TimeShare:
             return self._is_prefill
         return not self._is_prefill
 
-    def take(self, prefill: bool) -> None:
-        """A step of that kind was planned."""
+    def take(self, prefill: bool, steps: int = 1) -> None:
+        """So many steps of that kind were planned."""
         if prefill != self._is_prefill:
             self._is_prefill, self._taken = prefill, 0
-        self._taken += 1
+        self._taken += steps

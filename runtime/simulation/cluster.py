@@ -56,6 +56,8 @@ class Cluster:
             case Routing.LEAST_LOADED:
                 return min(everyone, key=self._loads.__getitem__)
             case Routing.PREFIX_AWARE:
+                for engine in self.engines:
+                    engine.catch_up()
                 prompt = [(sequence.prompt_tokens, namespace_of(sequence))]
                 cached = [engine.services.leases.count_cached(prompt, touch=False)[0] for engine in self.engines]
                 return min(everyone, key=lambda index: self._loads[index] - cached[index])

@@ -19,6 +19,7 @@ from ..scheduler.timeouts import NEVER, Timeouts
 from ..scheduler.waiting import end_unstarted
 from ..services import EngineServices
 from .executor import SimulatedExecutor
+from .virtual_time import LAST
 from .worker_thread import WorkerThread
 
 if TYPE_CHECKING:
@@ -96,7 +97,14 @@ class SimulatedEngine:
         time: VirtualTime,
         output_token: Callable[[Sequence], int],
         on_end: Callable[[Sequence], None],
+        *,
+        repeats: bool = True,
     ) -> None:
+        """With `repeats` False steps that are all alike are taken one by one all the same, which comes to the same.
+
+        Raises:
+            ConfigError: there is no such engine.
+        """
         if config.kv_cache.enable_tiering:
             raise ConfigError("kv_cache.enable_tiering: tiers are not simulated; leave it out")
         slots, layers = config.scheduler.num_slots, target.model.architecture.num_layers
@@ -115,8 +123,10 @@ class SimulatedEngine:
         self._outside: deque[Sequence] = deque()  # beyond what the stage `schedule` lets wait
         self._grants = False  # whether a grant is on its way
         self.worker = worker = services.worker
-        for each, executor in zip(worker.workers, self.executors, strict=True):
-            WorkerThread(each, executor, time)
+        self._threads = [
+            WorkerThread(each, executor, time, self._before_worker, repeats=repeats)
+            for each, executor in zip(worker.workers, self.executors, strict=True)
+        ]
         worker.on_prefilled = self._after_hop(self._commit)
         worker.on_decoded = self._after_hop(self._end)
         worker.on_leases_returned = self._grant_soon
@@ -127,6 +137,16 @@ class SimulatedEngine:
 
     def _after_hop(self, handler: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
         return lambda records: self._time.call_later(HOP_S, partial(handler, records))
+
+    def catch_up(self, rank: int = LAST) -> None:
+        """Something of this rank is about to look at the engine or to change it: what comes before must have been."""
+        for thread in self._threads:
+            thread.catch_up(rank)
+
+    def _before_worker(self, rank: int) -> None:
+        """One worker is about to do something that others may feel."""
+        if len(self._threads) > 1:
+            self.catch_up(rank)
 
     # -- kv_lookup, schedule -----------------------------------------------------------------------------------------
 
@@ -141,6 +161,7 @@ class SimulatedEngine:
             end_unstarted(sequence, FinishReason.ERROR, self._time.now)
             self._on_end(sequence)
             return
+        self.catch_up()
         if self._stages.looks_up:
             (cached,) = self.services.leases.count_cached([(sequence.prompt_tokens, namespace_of(sequence))])
             sequence.kv = PrefixHint(cached)
@@ -171,6 +192,7 @@ class SimulatedEngine:
         waiting = self.services.waiting
         if not len(waiting):
             return
+        self.catch_up()
         ended, granted = waiting.take_ended(), waiting.take_granted()
         if granted:
             self.worker.submit_prefill(granted)
@@ -184,6 +206,7 @@ class SimulatedEngine:
 
     def _commit(self, sequences: list[Sequence]) -> None:
         """What the stages after `prefill` do with what has come out of it."""
+        self.catch_up()
         going = []
         for sequence in sequences:
             if sequence.ended:

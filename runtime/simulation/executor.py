@@ -38,6 +38,11 @@ class StepTimes(Protocol):
         """Seconds of one step: decoding rows attend to `decode_contexts` [D] tokens, `logit_rows` tokens get logits."""
         ...
 
+    def decode_seconds(self, rows: int, contexts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Of steps that only decode as many rows; those of the n-th attend to `contexts[n]` tokens together. Equal to
+        what `step_seconds` says of each."""
+        ...
+
     def transfer_seconds(self, num_bytes: int, path: str) -> float:
         """Seconds that bytes take on a path: "handover" is from worker to worker."""
         ...
@@ -104,14 +109,14 @@ class SimulatedExecutor:
         self._num_layers = num_layers
         self._free_at = 0.0
         self._link_free_at = 0.0
-        self._tokens = np.zeros(num_slots, np.int64)
+        self.tokens = np.zeros(num_slots, np.int64)
         self._token_at = np.full(num_slots, np.nan)  # when the row's newest token was read
 
     def connect(self, peers: list[Any]) -> None:
         """Bytes take as long to any of them."""
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
-        self._tokens[slot] = self._output_token(sequence)
+        self.tokens[slot] = self._output_token(sequence)
         first = sequence.timings.first_token  # of one that was handed over
         self._token_at[slot] = np.nan if first is None else first
 
@@ -146,6 +151,33 @@ class SimulatedExecutor:
         self._link_free_at = max(first + layers * layer_s, begin + seconds + layer_s)
         return self._link_free_at
 
+    # -- steps that are alike: see `repetition.py` -------------------------------------------------------------------
+
+    def foresee(self, rows: int, computed: int, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Seconds of the unread steps and of `steps` more that decode as many rows, and when each of them ends.
+
+        `computed` tokens is what the rows have in all before the first of those that are not launched.
+        """
+        unread = len(self._unread)
+        seconds = self._times.decode_seconds(rows, computed + rows * np.arange(1 - unread, steps + 1))
+        ends = np.cumsum(np.concatenate([[self._free_at], seconds[unread:]]))[1:]
+        return seconds, np.concatenate([[step.end for step in self._unread], ends])
+
+    def advance(
+        self, slots: NDArray[np.int64], seconds: NDArray[np.float64], ends: NDArray[np.float64], steps: int
+    ) -> None:
+        """Have so many steps been launched, with what `foresee` said, and as many been read."""
+        unread = len(self._unread)
+        for step, end in zip(self._unread, ends[steps:].tolist(), strict=False):
+            step.end = end
+        self._free_at = self._unread[-1].end
+        self.busy_s = float(np.cumsum(np.concatenate([[self.busy_s], seconds[unread : unread + steps]]))[-1])
+        self.latencies.add(ends[0] - self._token_at[slots])
+        self.latencies.add(np.repeat(np.diff(ends[:steps]), len(slots)))
+        self._token_at[slots] = ends[steps - 1]
+
+    # ----------------------------------------------------------------------------------------------------------------
+
     @property
     def oldest_end(self) -> float:
         """When the oldest step that is unread will have run."""
@@ -161,7 +193,7 @@ class SimulatedExecutor:
         since = self._time.now - self._token_at[slots]
         self._token_at[slots] = self._time.now
         self.latencies.add(since)
-        return StepResult(self._tokens[slots])
+        return StepResult(self.tokens[slots])
 
     def close(self) -> None:
         """Nothing runs."""

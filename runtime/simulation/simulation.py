@@ -79,10 +79,12 @@ def simulate(
     output_token: Callable[[Sequence], int],
     replicas: int = 1,
     routing: Routing = Routing.LEAST_LOADED,
+    *,
+    repeats: bool = True,
 ) -> SimulationResult:
     """Let sequences arrive, each at its second, in ascending order, and run until all have ended.
 
-    The same input gives the same result.
+    The same input gives the same result, also with `repeats` False, which takes steps that are all alike one by one.
 
     Raises:
         KVCacheError: one sequence alone fills the KV pool.
@@ -93,7 +95,7 @@ def simulate(
     cluster = Cluster(
         replicas,
         routing,
-        lambda on_end: SimulatedEngine(config, stages, target, time, output_token, on_end),
+        lambda on_end: SimulatedEngine(config, stages, target, time, output_token, on_end, repeats=repeats),
         lambda sequence: outcomes.append(_outcome(sequence)),
     )
     feed = _Feed(iter(arrivals), time, cluster)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import sys
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -10,23 +11,32 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+LAST = sys.maxsize
+
+
 class VirtualTime:
     """A clock in seconds, to be called as `time.monotonic` is, and the events that make it advance.
 
-    Events of one moment happen in the order in which they were asked for, so a run is deterministic.
+    Events of one moment happen by rank, of one rank in the order in which they were asked for, so a run is
+    deterministic.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._numbers = count()
+        self._ranks = count()
 
     def __call__(self) -> float:
         return self.now
 
-    def call_at(self, when: float, event: Callable[[], None]) -> None:
+    def take_rank(self) -> int:
+        """A rank before `LAST` that nobody else has, after those that were taken before."""
+        return next(self._ranks)
+
+    def call_at(self, when: float, event: Callable[[], None], rank: int = LAST) -> None:
         """Let something happen at a moment, now if that has passed."""
-        heapq.heappush(self._events, (max(when, self.now), next(self._numbers), event))
+        heapq.heappush(self._events, (max(when, self.now), rank, next(self._numbers), event))
 
     def call_later(self, seconds: float, event: Callable[[], None]) -> None:
         """Let something happen so many seconds from now."""
@@ -36,5 +46,5 @@ class VirtualTime:
         """Let events happen until there are none."""
         events = self._events
         while events:
-            self.now, _, event = heapq.heappop(events)
+            self.now, _, _, event = heapq.heappop(events)
             event()

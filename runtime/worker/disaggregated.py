@@ -131,6 +131,10 @@ class DecodeWorker(Worker):
             self._kv.release(self._kept.popleft()[1])
             self._residents.leases_returned = True
 
+    @property
+    def is_steady(self) -> bool:
+        return super().is_steady and not self._kept
+
     def _start_decode(self, sequences: list[Sequence]) -> None:
         lost = [owner for owner in map(self._take_over, sequences) if owner is not None and not owner.lease.blocks.size]
         super()._start_decode(sequences)

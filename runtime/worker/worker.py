@@ -314,6 +314,38 @@ class Worker:
                 step.result()
         self._unread.clear()
 
+    # -- for whoever foresees steps that are all alike (`runtime/simulation`) -----------------------------------------
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the next step is planned from the resident rows alone: nothing waits to come in, to go out, or for
+        blocks."""
+        residents, waits = self._residents, self._inbox or self._leases.claim is not None or self.blocks.has_preempted
+        goes = residents.prefilled or residents.decoded or residents.leases_returned
+        return not (waits or goes or self.blocks.copies)
+
+    @property
+    def table(self) -> ResidentTable:
+        return self._table
+
+    @property
+    def leases(self) -> LeaseBook:
+        return self._leases
+
+    @property
+    def unread(self) -> deque[tuple[StepPlan, StepHandle]]:
+        """Steps that were launched and not read."""
+        return self._unread
+
+    def advance(self, ends: list[float], estimates: list[float]) -> None:
+        """As many steps that only decode have been launched, and as many been read, at `ends`, as one by one."""
+        self.steps += len(ends)
+        self.planner.advance(len(ends))
+        if self._chunk_budget is not None:
+            for end, estimate in zip(ends, estimates, strict=True):
+                self._chunk_budget.follow(end - self._busy_since, estimate)
+                self._busy_since = end
+
     def _leases_in_transit(self) -> bool:
         return self._leases.any_in_transit or self._table.has(RowState.HELD)
 

@@ -28,6 +28,15 @@ def test_it_is_what_the_hybrid_graph_estimates(shape, rates, contexts, chunks, d
     assert told == pytest.approx(graph.estimate_total_time(rates) + (rates.step_s if len(graph) else 0))
 
 
+@fixtures
+@given(rows=st.integers(1, 300), first=st.integers(1, 200_000), each=st.integers(1, 300))
+def test_steps_that_only_decode_are_told_at_once_to_the_last_bit(shape, rates, rows, first, each):
+    cost = StepCost(shape, rates)
+    contexts = first * rows + each * np.arange(20)
+    shared = [np.array([total - (rows - 1) * first, *[first] * (rows - 1)]) for total in contexts]
+    assert cost.decode_seconds(rows, contexts).tolist() == [cost.step_seconds(each, [], []) for each in shared]
+
+
 def test_nothing_takes_no_time(shape, rates):
     assert StepCost(shape, rates).step_seconds([], [], []) == 0
 

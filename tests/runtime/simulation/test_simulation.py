@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -24,6 +24,9 @@ class Times:
     def step_seconds(self, decode_contexts, chunk_starts, chunk_lengths, logit_rows):
         return 1.0 + 0.1 * (len(decode_contexts) + sum(chunk_lengths))
 
+    def decode_seconds(self, rows, contexts):
+        return np.full(len(contexts), 1.0 + 0.1 * rows)
+
     def transfer_seconds(self, num_bytes, path):
         assert path == "handover"
         return 0.01 + num_bytes / 100
@@ -44,13 +47,15 @@ def run(
     layers=1,
     bytes_per_token=4,
     policy="fcfs",
+    repeats=True,
+    kv_cache=None,
     **scheduler,
 ):
     """Outcomes by number, and the whole result; blocks are of four tokens, an output is a token of its own."""
     scheduler = {"queue_timeout_s": 0, "request_timeout_s": 0, "policy": policy, **scheduler}
     config = SageLLMConfig(
         model={"model_id": "builtin:null"},
-        kv_cache={"max_tokens": 4 * blocks, "block_size": 4},
+        kv_cache={"max_tokens": 4 * blocks, "block_size": 4, **(kv_cache or {})},
         scheduler={"max_batch_size": 8, "max_step_tokens": 64, **scheduler},
     )
     sequences = [(at, sequence(prompt, n, i, **more)) for i, (at, prompt, n, more) in enumerate(arrivals)]
@@ -58,7 +63,14 @@ def run(
     target = Target(replace(model, architecture=replace(model.architecture, num_layers=layers)), "null", Times())
     target.times.kv_bytes_per_token = bytes_per_token
     result = simulate(
-        sequences, config, stages or Stages(), target, lambda s: 1000 + int(s.request_id), replicas, routing
+        sequences,
+        config,
+        stages or Stages(),
+        target,
+        lambda s: 1000 + int(s.request_id),
+        replicas,
+        routing,
+        repeats=repeats,
     )
     return {int(outcome.request_id): outcome for outcome in result.outcomes}, result
 
@@ -253,6 +265,45 @@ def test_any_mix_ends_and_is_deterministic(drawn, policy, mode, replicas, launch
         result.steps,
         result.latencies_s.tolist(),
     )
+
+
+long_requests = st.lists(
+    st.tuples(
+        st.one_of(st.floats(0, 60), st.integers(0, 60)), st.integers(1, 40), st.integers(1, 90), st.integers(0, 2)
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    long_requests,
+    st.sampled_from(["fcfs", "shortest_job", "fair_share", "longest_prefix"]),
+    st.sampled_from(["hybrid", "time_share", "strict"]),
+    st.sampled_from(list(Routing)),
+    st.fixed_dictionaries(
+        {
+            "blocks": st.sampled_from([34, 50, 200]),
+            "launch_ahead": st.booleans(),
+            "max_batch_size": st.integers(1, 6),
+            "max_decode_batch": st.integers(1, 6),
+            "request_timeout_s": st.sampled_from([0, 50]),
+            "tpot_slo_ms": st.sampled_from([None, 1700]),
+            "kv_cache": st.sampled_from([{}, {"ttl_s": 20}, {"eviction": "cost"}]),
+        }
+    ),
+    st.integers(1, 3),
+)
+def test_steps_that_are_alike_come_to_the_same_at_once_and_one_by_one(drawn, policy, mode, routing, options, replicas):
+    arrivals = [call(at, [group, *range(length)], n, tenant=f"t{group}") for at, length, n, group in sorted(drawn)]
+    options |= {"policy": policy, "mode": mode, "routing": routing, "replicas": replicas, "max_step_tokens": 16}
+    options["max_decode_batch"] = min(options["max_decode_batch"], options["max_batch_size"])
+    if mode == "strict":
+        options |= {"replicas": 1, "prefill_workers": replicas, "decode_workers": 3 - replicas // 2}
+    at_once, one_by_one = (asdict(run(*arrivals, repeats=repeats, **options)[1]) for repeats in (True, False))
+    assert at_once.pop("latencies_s").tolist() == one_by_one.pop("latencies_s").tolist()
+    assert at_once == one_by_one
 
 
 def test_tiers_are_refused_rather_than_left_out():
