@@ -46,8 +46,14 @@ def check_known(option: str, what: str, given: Iterable[str], known: Collection[
 
 def pipeline_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     """The arguments `path`, `overrides` and `allow_modules` of a verb that works on one pipeline."""
+    command = pipeline_options(command)
+    return click.argument("path", metavar="PIPELINE", type=click.Path(path_type=Path))(command)
+
+
+def pipeline_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments `overrides` and `allow_modules`."""
     command = allow_module(command)
-    command = click.option(
+    return click.option(
         "--set",
         "overrides",
         multiple=True,
@@ -55,7 +61,6 @@ def pipeline_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
         callback=_check_settings,
         help="Set a var (input=x.jsonl) or any key (engine.scheduler.max_batch_size=8). Repeatable.",
     )(command)
-    return click.argument("path", metavar="PIPELINE", type=click.Path(path_type=Path))(command)
 
 
 def register_operators(allow_modules: Sequence[str]) -> None:

@@ -56,6 +56,14 @@ class _Quiet:
         """Quiet."""
 
 
+async def _tell_addresses(flow: Flow) -> None:
+    """Say where the sources listen that do, once they answer."""
+    await flow.running.wait()
+    for name, operator in flow.operators.items():
+        if operator.address is not None:
+            print(f"{name} is ready on {operator.address}", file=sys.stderr, flush=True)
+
+
 def _describe(flow: Flow) -> str:
     """One line: requests, tokens per second, TTFT, prefix hits."""
     from ..operators.metrics import Metrics
@@ -99,6 +107,7 @@ class _Plain:
         print(f"{pipeline.name}: ready after {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
     async def follow(self, flow: Flow) -> None:
+        await _tell_addresses(flow)
         while True:
             await anyio.sleep(_PLAIN_INTERVAL_S)
             print(_describe(flow), file=sys.stderr, flush=True)
@@ -119,6 +128,7 @@ class _Live:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+        await _tell_addresses(flow)
         columns = (TimeElapsedColumn(), BarColumn(bar_width=12), TextColumn("{task.description}"))
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("starting", total=None)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ..runtime.services import EngineServices
     from .progress import Reporter
 
-_SIGNAL_INTERVAL_S = 0.05
-
 
 @click.command("run")
 @pipeline_arguments
@@ -33,7 +31,15 @@ def command(path: Path, overrides: tuple[str, ...], allow_modules: tuple[str, ..
     Exit codes: 0 done, 1 the run failed (an operator, lost records, too many bad ones, a gate), 78 the pipeline is
     wrong.
     """
-    pipeline = read_pipeline(path, overrides, allow_modules)
+    run_pipeline(read_pipeline(path, overrides, allow_modules), quiet)
+
+
+def run_pipeline(pipeline: Pipeline, quiet: bool) -> None:
+    """Run a pipeline to its end, and say on stderr how it goes.
+
+    Raises:
+        SageLLMError: it cannot run, or has failed.
+    """
     import anyio
 
     from .progress import make_reporter
@@ -77,13 +83,14 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> bool:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(drain_on_signals, flow)
             try:
-                if needed and not await _load(pipeline, services, flow, reporter):
-                    reporter.summarize(flow.report(), [], 0)
-                    return False
-                collect_rarely()
-                async with services.running(needed):
-                    tasks.start_soon(reporter.follow, flow)
-                    report = await flow.run()
+                async with flow.claimed():
+                    if needed and not await _load(pipeline, services, flow, reporter):
+                        reporter.summarize(flow.report(), [], 0)
+                        return False
+                    collect_rarely()
+                    async with services.running(needed):
+                        tasks.start_soon(reporter.follow, flow)
+                        report = await flow.run()
             finally:
                 tasks.cancel_scope.cancel()
     summaries = [operator.summary() for operator in flow.operators.values() if isinstance(operator, Metrics)]
@@ -116,8 +123,5 @@ async def _load(pipeline: Pipeline, services: EngineServices, flow: Flow, report
 
 
 async def _cancel_when_drained(scope: anyio.CancelScope, flow: Flow) -> None:
-    import anyio
-
-    while flow.report().drained is None:  # noqa: ASYNC110 - a flow has no event for it
-        await anyio.sleep(_SIGNAL_INTERVAL_S)
+    await flow.draining.wait()
     scope.cancel()

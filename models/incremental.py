@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .tokenizer import TextTokenizer
 
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextState(Protocol):
@@ -79,7 +79,7 @@ class ByteFallbackState:
         parts = []
         for token in ids:
             piece = self._piece_of(token)
-            match = _BYTE_PIECE.fullmatch(piece)
+            match = BYTE_PIECE.fullmatch(piece)
             if match:
                 self._run.append(int(match[1], 16))
             elif piece:

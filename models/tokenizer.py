@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, RequestError
 from .chat_template import ChatTemplate
-from .incremental import ByteFallbackState, ByteLevelState, IncrementalDecoder, TextState, WindowState
+from .incremental import BYTE_PIECE, ByteFallbackState, ByteLevelState, IncrementalDecoder, TextState, WindowState
 from .resolve import NULL_VOCAB_SIZE, read_json
 
 if TYPE_CHECKING:
@@ -102,6 +102,17 @@ class Tokenizer:
         """The texts of many lists of ids."""
         texts: list[str] = self._rust.decode_batch(lists, skip_special_tokens)
         return texts
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token is in a text, in UTF-8: it may end within a character. Special tokens are their names."""
+        kind, replacements, _ = self._decoder
+        if kind == "byte_level":
+            return self._bytes_of(token, skip_special_tokens=False)
+        if kind != "byte_fallback":
+            return self.decode([token], skip_special_tokens=False).encode()
+        piece = self._piece_of(token, False, replacements)
+        match = BYTE_PIECE.fullmatch(piece)
+        return bytes((int(match[1], 16),)) if match else piece.encode()
 
     def render_chat(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -205,6 +216,10 @@ class NullTokenizer:
     def decode_batch(self, lists: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """See `Tokenizer.decode_batch`."""
         return [_bytes_below_256(ids).decode("utf-8", "replace") for ids in lists]
+
+    def token_bytes(self, token: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        return bytes((token,)) if token < 256 else b""
 
     def render_chat(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any

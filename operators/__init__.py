@@ -18,7 +18,7 @@ from . import (
 )
 from .functions import register_function
 from .sinks import jsonl_sink, reply_sink, stdout_sink
-from .sources import call_source, jsonl_source, stdin_source
+from .sources import call_source, http_source, jsonl_source, stdin_source
 
 __all__ = [
     "ERROR_PORT",
@@ -31,6 +31,7 @@ __all__ = [
     "decode",
     "detokenize",
     "filter",
+    "http_source",
     "jsonl_sink",
     "jsonl_source",
     "kv_commit",

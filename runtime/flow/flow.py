@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from .ledger import Outcome
 from .supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 
     from ...graph.pipeline import Edge
     from ...records import Request
@@ -73,6 +74,8 @@ class Flow:
         self._began = self._ended = 0.0
         self._started = False
         self.has_ended = False  # from here on nothing but the end of what is in flight is settled
+        self.running = anyio.Event()  # every operator is open
+        self.draining = anyio.Event()
         self._drain_reason: str | None = None
         self._failure: SageLLMError | None = None
         self._aborted = False
@@ -125,6 +128,7 @@ class Flow:
         if self._drain_reason is None:
             log.info("draining: %s", reason)
             self._drain_reason = reason
+            self.draining.set()
             for supervisor in self._supervisors.values():
                 supervisor.drain()
             if self._on_drained is not None:
@@ -144,6 +148,22 @@ class Flow:
             self._scope.cancel()
 
     # -- running -----------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def claimed(self) -> AsyncIterator[None]:
+        """Around whatever is to be done before `run`, and that: operators hold from now on what others could take.
+
+        Raises:
+            ConfigError: it cannot be had, such as an address that is in use.
+        """
+        try:
+            for operator in self.operators.values():
+                await operator.claim()
+            yield
+        finally:
+            if not self._started:
+                for operator in self.operators.values():
+                    await operator.disclaim()
 
     async def run(self) -> FlowReport:
         """Run until the sources have ended and everything in flight is finished.
@@ -184,6 +204,7 @@ class Flow:
                     return
                 await tasks.start(self._supervisors[name].live, start, name=f"operator {name}")
             start.set()
+            self.running.set()
 
     def _unaccounted(self) -> FlowError | None:
         for name, supervisor in self._supervisors.items():

@@ -120,10 +120,20 @@ class Operator(Generic[ConfigT]):
     writes: ClassVar[str | None] = None
     reads: ClassVar[str | None] = None
     example: ClassVar[str] = ""
+    address: str | None = None  # where it listens, as a URL, once it does
 
     def __init__(self, config: ConfigT, context: OperatorContext) -> None:
         self.config = config
         self.context = context
+
+    async def claim(self) -> None:
+        """Take what another program could have, such as a port, before what takes long: loading the model.
+
+        Only `sagellm run` asks for it; `open` must do it where nobody has. `close` lets go of it.
+        """
+
+    async def disclaim(self) -> None:
+        """Let go of what `claim` took, since the flow will not run."""
 
     async def open(self) -> None:
         """Acquire what the operator needs. After a failure a new instance is opened, with the same `context.kept`."""

@@ -1,0 +1,177 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
+
+from pydantic_core import to_json
+from typing_extensions import TypedDict
+
+from ....errors import RequestError
+from ..request_format import ChatBody, parse_json, request_from_body
+from .endpoint import Endpoint
+from .logprobs import LogprobReader, chat_logprobs, prompt_logprobs, visible_logprobs
+from .replies import Replies
+from .streaming import stream_replies
+from .usage import Usage, usage_of
+
+if TYPE_CHECKING:
+    from ....records import Choice, Completion, Request
+    from .call import Call
+    from .replies import Reply
+
+
+class TokenLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class PositionLogprobs(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[PositionLogprobs]
+    refusal: None
+
+
+class AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(TypedDict):
+    """`prompt_logprobs` is there if it was asked for: an object for each prompt token, null for the first."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: NotRequired[list[dict[str, Any] | None]]
+
+
+async def answer(call: Call) -> None:
+    call.name_after("chatcmpl-")
+    body = parse_json(ChatBody, await call.read_json())
+    call.service.check_model(body.get("model"))
+    if body.get("messages") is None:
+        raise RequestError("missing field 'messages'", "messages")
+    request = request_from_body(body, call.request_id)
+    replies = Replies(call, [request])
+    options = body.get("stream_options")
+    if request.stream:
+        await stream_replies(call, replies, ChatChunks(call, request, bool(options and options.get("include_usage"))))
+        return
+    if options is not None:
+        raise RequestError("stream_options needs stream: true", "stream_options")
+    with replies:
+        (completion,) = await replies.completions()
+    await call.answer(200, to_json(_to_object(call, completion)))
+
+
+def _to_object(call: Call, completion: Completion) -> ChatCompletion:
+    answer: ChatCompletion = {
+        "id": call.request_id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": call.service.model_name,
+        "choices": [_to_choice(call, choice) for choice in completion.choices],
+        "usage": usage_of([completion]),
+    }
+    found = prompt_logprobs(completion.prompt_logprobs, call.service.tokenizer)
+    if found is not None:
+        answer["prompt_logprobs"] = found
+    return answer
+
+
+def _to_choice(call: Call, choice: Choice) -> Any:
+    entries = visible_logprobs(choice)
+    return {
+        "index": choice.index,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": None if entries is None else chat_logprobs(entries, call.service.tokenizer),
+        "finish_reason": choice.finish_reason,
+    }
+
+
+class ChatChunks:
+    """Writes `chat.completion.chunk` events. The parts of a chunk that do not change are made once for a call."""
+
+    def __init__(self, call: Call, request: Request, include_usage: bool) -> None:
+        head = {
+            "id": call.request_id,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": call.service.model_name,
+        }
+        self._head = b"data: " + to_json(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._tokenizer = call.service.tokenizer if request.sampling.logprobs is not None else None
+        self._include_usage = include_usage
+        self._begun: set[int] = set()
+        self._readers: dict[int, LogprobReader] = {}
+
+    def take(self, index: int, reply: Reply) -> bytes:
+        deltas, reply.deltas = reply.deltas, []
+        parts: list[bytes] = []
+        for delta in deltas:
+            logprobs = b"null" if self._tokenizer is None else self._logprobs_of(delta)
+            if delta.text or logprobs != b"null":
+                parts += self._role(delta.choice)
+                parts.append(self._chunk(delta.choice, b'{"content":%b}' % to_json(delta.text), logprobs, b"null"))
+        if reply.completion is not None:
+            for choice in reply.completion.choices:
+                logprobs = b"null"
+                if self._tokenizer is not None and choice.index in self._readers:
+                    rest = self._readers[choice.index].read_rest(choice)
+                    logprobs = to_json(chat_logprobs(rest, self._tokenizer)) if rest else b"null"
+                parts += self._role(choice.index)
+                parts.append(self._chunk(choice.index, b"{}", logprobs, to_json(choice.finish_reason)))
+        return b"".join(parts)
+
+    def finish(self, replies: list[Reply]) -> bytes:
+        if not self._include_usage:
+            return b""
+        usage = usage_of([reply.completion for reply in replies if reply.completion is not None])
+        return b'%b],"usage":%b}\n\n' % (self._head, to_json(usage))
+
+    def _role(self, choice: int) -> list[bytes]:
+        if choice in self._begun:
+            return []
+        self._begun.add(choice)
+        return [self._chunk(choice, b'{"role":"assistant","content":""}', b"null", b"null")]
+
+    def _chunk(self, choice: int, delta: bytes, logprobs: bytes, reason: bytes) -> bytes:
+        form = b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}%b'
+        return form % (self._head, choice, delta, logprobs, reason, self._tail)
+
+    def _logprobs_of(self, delta: Any) -> bytes:
+        assert self._tokenizer is not None
+        reader = self._readers.get(delta.choice)
+        if reader is None:
+            reader = self._readers[delta.choice] = LogprobReader(delta.sequence)
+        entries = reader.read(delta.sequence.choices[delta.choice], delta.tokens)
+        return to_json(chat_logprobs(entries, self._tokenizer)) if entries else b"null"
+
+
+ENDPOINT = Endpoint(
+    "POST",
+    "/v1/chat/completions",
+    "Answer a conversation",
+    answer,
+    ChatCompletion,
+    ChatBody,
+    streams=True,
+)

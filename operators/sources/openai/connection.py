@@ -1,0 +1,142 @@
+"""uvicorn's connection, with what it leaves out: limits of time, size and number, and who listens for its end."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .errors import HTTPError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger("sageLLM.http")
+
+MAX_HEAD_BYTES = 64 * 1024
+_READ_AT_ONCE = 256 * 1024  # by the event loop: what comes with a head may be a body
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`read_timeout_s` is for a request's head; what it is for a body is the endpoint's business."""
+
+    max_connections: int
+    read_timeout_s: float
+
+
+class ServerConfig(uvicorn.Config):
+    """uvicorn's configuration with our limits, and whom to tell that a connection has gone."""
+
+    limits: Limits
+    on_lost: Callable[[], None]
+
+
+class Connection(HttpToolsProtocol):
+    """One client. A request finds it under `scope["state"]["connection"]`."""
+
+    config: ServerConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.logger = log
+        self._on_lost: Callable[[], None] | None = None
+        self._read_timer: Any = None
+        self._head_bytes = 0
+        self._in_body = False  # or in none, at the end of the head
+
+    # -- for the endpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether its client reads more slowly than is written."""
+        return self.flow.write_paused
+
+    def on_lost(self, listener: Callable[[], None] | None) -> None:
+        """Whom to tell when the client goes away; one at a time, as one request at a time is answered."""
+        self._on_lost = listener
+        if listener is not None and self.transport.is_closing():
+            listener()
+
+    def cut(self, reason: str) -> None:
+        """Close it at once; what has been written and not read is lost."""
+        log.info("connection of %s cut: %s", self.client, reason)
+        self.transport.abort()
+
+    # -- asyncio's protocol ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.config.limits.max_connections:
+            self._refuse(HTTPError(503, "too many connections: try again later", "too_many_connections"))
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+        if self._on_lost is not None:
+            self._on_lost()
+        self.config.on_lost()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._in_body:
+            if self._read_timer is None:
+                self._await_head()
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES + _READ_AT_ONCE:
+                self._refuse(HTTPError(431, f"the headers have more than {MAX_HEAD_BYTES} bytes", "headers_too_large"))
+                return
+        super().data_received(data)
+        if self._in_body and self._read_timer is None and self.cycle.response_complete:
+            self._await_head()  # the rest of a body that nobody has asked for
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["state"]["connection"] = self
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._head_bytes = 0
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._stop_timer()
+        self._in_body = False
+        super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """It goes on as HTTP/1.1."""
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPError(400, "this is no HTTP/1.1 request", "invalid_http"))
+
+    # -- heads -------------------------------------------------------------------------------------------------------
+
+    def _await_head(self) -> None:
+        self._read_timer = self.loop.call_later(self.config.limits.read_timeout_s, self._head_is_late)
+
+    def _stop_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _head_is_late(self) -> None:
+        self._read_timer = None
+        seconds = self.config.limits.read_timeout_s
+        self._refuse(HTTPError(408, f"no request came within {seconds:g} s", "read_timeout"))
+
+    def _refuse(self, error: HTTPError) -> None:
+        """Answer what is no request that an endpoint could see, and close."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and not self._in_body and not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
+                % (error.status, HTTPStatus(error.status).phrase.encode(), len(error.body), error.body)
+            )
+        self.transport.close()

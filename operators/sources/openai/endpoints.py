@@ -1,0 +1,19 @@
+"""The endpoints of the API. Another one is a file of its own and a line here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import chat_completions, completions, health, models
+
+if TYPE_CHECKING:
+    from .endpoint import Endpoint
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    chat_completions.ENDPOINT,
+    completions.ENDPOINT,
+    models.LIST,
+    models.SHOW,
+    health.HEALTH,
+    health.READY,
+)

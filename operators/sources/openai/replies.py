@@ -1,0 +1,145 @@
+"""What the requests of one call have given so far, and waiting for more of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import anyio
+
+from ....records import Completion
+from ....runtime.calls import Caller
+from .errors import HTTPError, failure_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ....records import DeadLetter, Request, TokenDelta
+    from ....runtime.flow.ledger import Outcome
+    from .call import Call
+
+
+class ClientGoneError(Exception):
+    """The client has closed its connection: there is nobody to answer."""
+
+
+class Reply(Caller):
+    """Waits for one request. Its buffer of deltas is bounded by the request's `max_new_tokens`."""
+
+    def __init__(self, replies: Replies, request: Request) -> None:
+        self.request = request
+        self.deltas: list[TokenDelta] = []
+        self.completion: Completion | None = None
+        self.failure: HTTPError | None = None
+        self._replies = replies
+
+    @property
+    def has_ended(self) -> bool:
+        return self.completion is not None or self.failure is not None
+
+    def receive_delta(self, delta: TokenDelta) -> None:
+        self.deltas.append(delta)
+        self._replies.ring()
+
+    def receive_end(self, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
+        self.failure = failure_of(record, outcome)
+        if self.failure is None and isinstance(record, Completion):
+            self.completion = record
+        self._replies.ring()
+
+
+class Replies:
+    """The requests of one call: submitted on entering; cancelled on leaving, or when the client goes, where they have
+    not ended."""
+
+    def __init__(self, call: Call, requests: Sequence[Request]) -> None:
+        self.replies = [Reply(self, request) for request in requests]
+        self._call = call
+        self._quiet = False
+        self._news = False
+        self._lost = self._cancelled = False
+        self._waiter: anyio.Event | None = None
+
+    def __enter__(self) -> Self:
+        """Submit the requests.
+
+        Raises:
+            HTTPError: one of them is not taken; the others are cancelled.
+        """
+        call = self._call
+        call.service.replies.add(self)
+        try:
+            for reply in self.replies:
+                call.service.submit(reply.request, reply, call.key)
+            call.connection.on_lost(self._lose)
+        except HTTPError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._call.connection.on_lost(None)
+        self._call.service.replies.discard(self)
+        self._cancel()
+
+    @property
+    def failure(self) -> HTTPError | None:
+        """The first failure, if there is one."""
+        return next((reply.failure for reply in self.replies if reply.failure is not None), None)
+
+    @property
+    def have_ended(self) -> bool:
+        return all(reply.has_ended for reply in self.replies)
+
+    async def news(self) -> None:
+        """Wait until there is something new, if only that it is time to show a sign of life.
+
+        Raises:
+            ClientGoneError: the client has closed its connection.
+        """
+        if not self._news:
+            self._waiter = anyio.Event()
+            try:
+                await self._waiter.wait()
+            finally:
+                self._waiter = None
+        self._news = False
+        if self._lost:
+            raise ClientGoneError
+
+    async def completions(self) -> list[Completion]:
+        """Wait for the ends of all.
+
+        Raises:
+            HTTPError: one of them has failed.
+            ClientGoneError: the client has closed its connection.
+        """
+        while not self.have_ended:
+            await self.news()
+            if (failure := self.failure) is not None:
+                raise failure
+        return [reply.completion for reply in self.replies if reply.completion is not None]
+
+    def ring(self) -> None:
+        """There is something new."""
+        self._news, self._quiet = True, False
+        if self._waiter is not None:
+            self._waiter.set()
+
+    def poke(self) -> None:
+        """Ring, if nobody has since the last time."""
+        if self._quiet:
+            self.ring()
+        self._quiet = True
+
+    def _lose(self) -> None:
+        self._lost = True
+        self._cancel()
+        self.ring()
+
+    def _cancel(self) -> None:
+        if self._cancelled:
+            return
+        self._cancelled = True
+        left = [reply.request for reply in self.replies if not reply.has_ended and reply.request.caller is not None]
+        if left:
+            self._call.service.cancel(left)

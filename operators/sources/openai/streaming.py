@@ -1,0 +1,50 @@
+"""Answers that come as server-sent events: a chunk for each step and choice, then `[DONE]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .replies import Replies, Reply
+
+_KEEP_ALIVE = b": keep-alive\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+
+class ChunkWriter(Protocol):
+    """Writes an endpoint's events."""
+
+    def take(self, index: int, reply: Reply) -> bytes:
+        """The events of what a reply, the index-th of its call, has got since the last time."""
+        ...
+
+    def finish(self, replies: list[Reply]) -> bytes:
+        """What follows when all replies have ended, such as their usage."""
+        ...
+
+
+async def stream_replies(call: Call, replies: Replies, writer: ChunkWriter) -> None:
+    """Answer with a stream. What is pending goes out in one write, however much it is.
+
+    A failure before the first event is an answer of its own; after it, an event `{"error": ...}` that ends the stream.
+
+    Raises:
+        HTTPError: a request failed, or was not taken, before there was anything to stream.
+        ClientGoneError: the client has closed its connection.
+    """
+    with replies:
+        await replies.news()
+        if (failure := replies.failure) is not None:
+            raise failure
+        await call.begin_stream()
+        while True:
+            data = b"".join([writer.take(index, reply) for index, reply in enumerate(replies.replies)])
+            if (failure := replies.failure) is not None:
+                await call.stream(data + b"data: " + failure.body + b"\n\n" + _DONE, more=False)
+                return
+            if replies.have_ended:
+                await call.stream(data + writer.finish(replies.replies) + _DONE, more=False)
+                return
+            await call.stream(data or _KEEP_ALIVE)
+            await replies.news()
