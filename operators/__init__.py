@@ -18,7 +18,7 @@ from . import (
 )
 from .functions import register_function
 from .sinks import jsonl_sink, reply_sink, stdout_sink
-from .sources import call_source, http_source, jsonl_source, stdin_source
+from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source
 
 __all__ = [
     "ERROR_PORT",
@@ -47,6 +47,8 @@ __all__ = [
     "schedule",
     "stdin_source",
     "stdout_sink",
+    "tcp_source",
     "tee",
     "tokenize",
+    "unix_source",
 ]

@@ -1,0 +1,182 @@
+"""The base of the sources that listen on sockets: accepts connections, and ends them with the run."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import anyio
+from anyio.abc import SocketAttribute, SocketListener
+from pydantic import Field
+
+from ....runtime.flow.operator import Operator, OperatorConfig, Port, RecordKind
+from .connection import Connection, ConnectionConfig, Service
+from .framing import FRAMINGS, Framing
+from .intake import Intake, IntakeConfig
+from .keys import KeyRing, KeysConfig
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator, Callable
+
+    from anyio.abc import SocketStream, TaskGroup
+
+    from ....runtime.flow.operator import Outlet
+
+log = logging.getLogger("sageLLM")
+
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_SCARCE_PAUSE_S = 0.2
+_FLUSH_S = 5.0  # for the last words of each connection when the run is over
+
+
+class SocketSourceConfig(ConnectionConfig, IntakeConfig, KeysConfig, OperatorConfig):
+    """`max_connections` are served at once; one more is told so and closed."""
+
+    max_connections: Annotated[int, Field(gt=0)] = 1024
+
+
+class StreamSourceConfig(SocketSourceConfig):
+    """`framing` is how messages stand in the stream, both ways."""
+
+    framing: Literal["json_lines", "msgpack"] = "json_lines"
+
+
+SocketConfigT = TypeVar("SocketConfigT", bound=SocketSourceConfig)
+
+
+class SocketSource(Operator[SocketConfigT]):
+    """What tcp_source, unix_source and websocket_source have in common. `bind` makes the sockets to listen on."""
+
+    outputs = (Port("out", frozenset({RecordKind.REQUEST})),)
+    guarantee = (
+        "at most once: requests are in memory only; "
+        "each has exactly one terminal event on its connection, if that lives"
+    )
+    address = ""  # where it listens, once it does
+
+    async def open(self) -> None:
+        """Read keys and certificates, and listen; whoever connects waits until the flow runs.
+
+        Raises:
+            ConfigError: the address is in use or cannot be had; a file of keys or certificates is wrong.
+        """
+        engine = self.context.engine
+        self.keys = KeyRing.load(self.config, self.context.base_dir, engine.clock)
+        self.intake = Intake(self.context, self.config)
+        self._service = Service(self.config, self.intake, self.keys, self.make_tls(), self.make_framing)
+        self._connections: set[Connection] = set()
+        self._gone = anyio.Event()
+        self._accepting = anyio.CancelScope()
+        self._sockets: list[socket.socket] = []
+        self._sockets = await self.bind()
+
+    async def bind(self) -> list[socket.socket]:
+        """Sockets that listen already.
+
+        Raises:
+            ConfigError: they cannot be had.
+        """
+        raise NotImplementedError
+
+    def make_tls(self) -> ssl.SSLContext | None:
+        """TLS for every connection, if it is configured."""
+        return None
+
+    def make_framing(self, authenticate: Callable[[str | None], bool]) -> Framing:
+        """How the messages of a new connection are framed; `authenticate` takes an Authorization header, or None."""
+        assert isinstance(self.config, StreamSourceConfig)
+        return FRAMINGS[self.config.framing](self.config.max_message_bytes)
+
+    def drain(self) -> bool:
+        """Accept nobody and take no requests; `run` stays until everybody has been answered."""
+        self.intake.drain()
+        self._accepting.cancel()
+        return True
+
+    async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
+        listeners = [await SocketListener.from_socket(each) for each in self._sockets]
+        async with anyio.create_task_group() as connections:
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._listen, listeners, connections)
+                    await self.intake.run(out)
+                    self._accepting.cancel()
+            finally:
+                await self._end_connections()
+
+    async def close(self) -> None:
+        for each in self._sockets:
+            each.close()
+
+    # -- connections ---------------------------------------------------------------------------------------------------
+
+    async def _listen(self, listeners: list[SocketListener], connections: TaskGroup) -> None:
+        try:
+            with self._accepting:
+                async with anyio.create_task_group() as tasks:
+                    for listener in listeners:
+                        tasks.start_soon(self._accept, listener, connections)
+        finally:
+            with anyio.CancelScope(shield=True):
+                for listener in listeners:
+                    await listener.aclose()
+
+    async def _accept(self, listener: SocketListener, connections: TaskGroup) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+                peer = _name_of(stream)
+                keep_alive(stream, self.config.keepalive_s)
+            except (OSError, anyio.BrokenResourceError) as error:  # of a peer that has gone, or our own limits
+                log.warning("%s could not accept a connection: %s", self.context.name, error)
+                if getattr(error, "errno", None) in _SCARCE:
+                    await anyio.sleep(_SCARCE_PAUSE_S)
+                continue
+            connection = Connection(self._service, stream, f"{self.context.name}: {peer}")
+            is_one_too_many = len(self._connections) >= self.config.max_connections
+            if not is_one_too_many:
+                self._connections.add(connection)
+            connections.start_soon(self._serve, connection, is_one_too_many)
+
+    async def _serve(self, connection: Connection, is_one_too_many: bool) -> None:
+        if is_one_too_many:
+            await connection.refuse(f"{self.config.max_connections} connections are open, as many as are served")
+            return
+        try:
+            await connection.serve()
+        finally:
+            self._connections.discard(connection)
+            self._gone.set()
+
+    async def _end_connections(self) -> None:
+        """Everybody has been told an end, so write that, and close; for who does not take it, close."""
+        with anyio.CancelScope(shield=True):
+            for connection in self._connections:
+                connection.finish("the server is shutting down")
+            with anyio.move_on_after(_FLUSH_S):
+                while self._connections:
+                    self._gone = anyio.Event()
+                    await self._gone.wait()
+            for connection in self._connections:
+                connection.cut()
+
+
+def keep_alive(stream: SocketStream, keepalive_s: float) -> None:
+    """Let the operating system find out within two times `keepalive_s` that a peer's machine is gone."""
+    raw: socket.socket = stream.extra(SocketAttribute.raw_socket)
+    if raw.family == socket.AF_UNIX:
+        return
+    idle = int(keepalive_s)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, idle // 4))
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * idle)  # ms, of what was written to it
+
+
+def _name_of(stream: SocketStream) -> str:
+    address = stream.extra(SocketAttribute.remote_address, None)
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a local peer"
