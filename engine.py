@@ -67,6 +67,9 @@ class GenerateRequest:
     unpin: bool = False
     priority: int = 0
     deadline_ms: float | None = None
+    tools: list[dict[str, Any]] | None = None  # with messages, in OpenAI's form
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
     def to_record(self, stream: bool = False) -> Request:
         """The record that flows, checked as a line of a file is.

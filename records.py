@@ -91,6 +91,15 @@ class SamplingParams:
         )
 
 
+@dataclass(slots=True, frozen=True)
+class ToolChoice:
+    """How a request's tools are to be used. By default the model decides."""
+
+    required: bool = False  # it must call one
+    name: str | None = None  # namely this one
+    parallel: bool = True  # it may call several
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One request as a source read it: exactly one of `prompt`, `messages`, `prompt_tokens` is set.
@@ -105,6 +114,8 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stream: bool = False  # emit a TokenDelta per step, not only the Completion
     pooling: Pooling | None = None
+    tools: list[dict[str, Any]] | None = None  # functions that the model may call, in OpenAI's form
+    tool_choice: ToolChoice = ToolChoice()
     tenant: str = ""
     cache_salt: str = ""
     pin: bool = False  # keep its prompt's KV cached until it is unpinned
@@ -128,9 +139,21 @@ class TokenLogprobs:
     top: list[tuple[int, float]]
 
 
+@dataclass(slots=True)
+class ToolCall:
+    """The model calls a function; `arguments` is a JSON object, as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One of a request's `n` outputs. `output_tokens` is filled by decode, `text` by detokenize."""
+    """One of a request's `n` outputs. `output_tokens` is filled by decode, `text` and `tool_calls` by detokenize.
+
+    The text is without the calls, which are only looked for where the request has tools.
+    """
 
     index: int = 0
     output_tokens: list[int] = field(default_factory=list)
@@ -138,6 +161,7 @@ class Choice:
     finish_reason: FinishReason | None = None
     stop_matched: str | int | None = None  # the stop string or token id that ended it
     logprobs: list[TokenLogprobs] | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -179,12 +203,13 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class TokenDelta:
-    """What one choice of a streaming request gained in one step. `text` is filled by detokenize."""
+    """What one choice of a streaming request gained in one step. `text` and `tool_calls` are filled by detokenize."""
 
     sequence: Sequence
     choice: int
     tokens: list[int]
     text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)  # each of them whole
 
     @property
     def request_id(self) -> str:
@@ -224,9 +249,9 @@ class Usage(NamedTuple):
 class Completion:
     """The terminal record of a request that was computed.
 
-    Its properties are the names of an output line: `text`, `output_tokens`, `finish_reason` and `logprobs` are the
-    first choice's. `embedding` [hidden], of length 1, is set where the request asked for pooling and ended after its
-    prompt was computed; there is one choice then, without tokens.
+    Its properties are the names of an output line: `text`, `tool_calls`, `output_tokens`, `finish_reason` and
+    `logprobs` are the first choice's. `embedding` [hidden], of length 1, is set where the request asked for pooling and
+    ended after its prompt was computed; there is one choice then, without tokens.
     """
 
     request: Request
@@ -247,6 +272,10 @@ class Completion:
     @property
     def text(self) -> str:
         return self.choices[0].text
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        return self.choices[0].tool_calls
 
     @property
     def output_tokens(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, RequestError
@@ -31,6 +32,15 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise CheckpointError(f"the chat template's line {error.lineno} is wrong: {error.message}") from error
         self._special_tokens = special_tokens
+        self.source = source
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether it reads the variable `tools`."""
+        from jinja2 import nodes
+
+        names = self._template.environment.parse(self.source).find_all(nodes.Name)
+        return any(name.name in ("tools", "custom_tools") for name in names)
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt's text.

@@ -11,9 +11,10 @@ from ..errors import CheckpointError, RequestError
 from .chat_template import ChatTemplate
 from .incremental import BYTE_PIECE, ByteFallbackState, ByteLevelState, IncrementalDecoder, TextState, WindowState
 from .resolve import NULL_VOCAB_SIZE, read_json
+from .tool_calls import ToolFormat, detect_tool_format, to_template_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from tokenizers import Tokenizer as RustTokenizer
@@ -29,13 +30,20 @@ class Tokenizer:
     """A checkpoint's tokenizer.json with its special tokens and chat template."""
 
     def __init__(
-        self, rust: RustTokenizer, special_tokens: dict[str, str] | None = None, chat_template: str | None = None
+        self,
+        rust: RustTokenizer,
+        special_tokens: dict[str, str] | None = None,
+        chat_template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
+        """`tool_template` takes the place of the chat template where there are tools."""
         rust.no_truncation()
         rust.no_padding()
         self._rust = rust
         self._special_tokens = special_tokens or {}
         self._chat_source = chat_template
+        self._tool_source = tool_template or chat_template
+        self._text_tokens: frozenset[str] = frozenset()  # special ones that are text nevertheless
         self._decoder = _describe_decoder(json.loads(rust.to_str()).get("decoder"))
         self._bytes: dict[tuple[int, bool], bytes] = {}
         self._pieces: dict[tuple[int, bool], str] = {}
@@ -64,9 +72,10 @@ class Tokenizer:
         template = (
             template_file.read_text(encoding="utf-8")
             if template_file.exists()
-            else _default_template(settings.get("chat_template"))
+            else _named_template(settings.get("chat_template"), "default")
         )
-        return cls(rust, _special_tokens(settings), template)
+        tool_template = _named_template(settings.get("chat_template"), "tool_use")
+        return cls(rust, _special_tokens(settings), template, tool_template)
 
     @property
     def vocab_size(self) -> int:
@@ -95,11 +104,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of one list of ids; ids outside the vocabulary give nothing."""
-        text: str = self._rust.decode(ids, skip_special_tokens)
-        return text
+        return self.decode_batch([ids], skip_special_tokens)[0]
 
     def decode_batch(self, lists: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """The texts of many lists of ids."""
+        if skip_special_tokens and self._text_tokens:
+            lists = [[token for token in ids if token not in self._special_ids] for ids in lists]
+            skip_special_tokens = False
         texts: list[str] = self._rust.decode_batch(lists, skip_special_tokens)
         return texts
 
@@ -115,17 +126,45 @@ class Tokenizer:
         return bytes((int(match[1], 16),)) if match else piece.encode()
 
     def render_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
-        """The prompt text of a conversation, as transformers' `apply_chat_template` renders it.
+        """The prompt text of a conversation, as transformers' `apply_chat_template` renders it. Messages, with the
+        calls in them, and tools have OpenAI's form.
 
         Raises:
-            RequestError: the model has no chat template, or the messages do not fit it.
+            RequestError: the model has no chat template, or the messages or tools do not fit it.
             CheckpointError: the template itself is wrong.
         """
-        if self._chat_template is None:
+        template = self._tool_template if tools else self._chat_template
+        if template is None:
             raise RequestError("this model has no chat template: send `prompt` instead of `messages`")
-        return self._chat_template.render(messages, add_generation_prompt, **variables)
+        if tools and not template.takes_tools:
+            raise RequestError("this model's chat template takes no tools: leave them out", "tools")
+        if "tool_calls" not in template.source and any(message.get("tool_calls") for message in messages):
+            raise RequestError("this model's chat template knows no tool_calls: leave them out of messages", "messages")
+        return template.render(to_template_messages(messages), add_generation_prompt, tools=tools or None, **variables)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """In which form the model writes its calls, if its chat template tells one that is known."""
+        return None if self._tool_source is None else detect_tool_format(self._tool_source)
+
+    @cached_property
+    def for_tools(self) -> Tokenizer:
+        """The same, for outputs in which calls are looked for: to it their markers are text."""
+        twin = Tokenizer(self._rust, self._special_tokens, self._chat_source, self._tool_source)
+        twin._text_tokens = frozenset(self.tool_format.markers) if self.tool_format else frozenset()
+        return twin
+
+    def special_ids(self, tokens: Iterable[str]) -> dict[str, int]:
+        """Those of the tokens that are special ones, with their ids."""
+        ids = {token: self._rust.token_to_id(token) for token in tokens}
+        special = {token for token, entry in self._rust.get_added_tokens_decoder().items() if entry.special}
+        return {token: found for token, found in ids.items() if found in special}
 
     def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """The ids of a rendered conversation; the template writes the special tokens, so none are added.
@@ -157,9 +196,15 @@ class Tokenizer:
         return None if self._chat_source is None else ChatTemplate(self._chat_source, self._special_tokens)
 
     @cached_property
+    def _tool_template(self) -> ChatTemplate | None:
+        return None if self._tool_source is None else ChatTemplate(self._tool_source, self._special_tokens)
+
+    @cached_property
     def _special_ids(self) -> frozenset[int]:
         added = self._rust.get_added_tokens_decoder()
-        return frozenset(token for token, entry in added.items() if entry.special)
+        return frozenset(
+            token for token, entry in added.items() if entry.special and entry.content not in self._text_tokens
+        )
 
     def _token(self, token: int, skip_special_tokens: bool) -> str:
         if skip_special_tokens and token in self._special_ids:
@@ -195,8 +240,11 @@ class NullTokenizer:
     The tokenizer of `builtin:null`, and of models that come without one. Encoding adds no special tokens.
     """
 
+    tool_format = None
+
     def __init__(self, vocab_size: int = NULL_VOCAB_SIZE) -> None:
         self.vocab_size = vocab_size
+        self.for_tools = self
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See `Tokenizer.encode`."""
@@ -222,13 +270,19 @@ class NullTokenizer:
         return bytes((token,)) if token < 256 else b""
 
     def render_chat(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """One line `role: content` per message.
 
         Raises:
-            RequestError: a message lacks `role` or `content`.
+            RequestError: a message lacks `role` or `content`, or there are tools or calls of them.
         """
+        if tools or any(message.get("tool_calls") for message in messages):
+            raise RequestError("this model has no chat template that takes tools: leave them out", "tools")
         try:
             lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         except (KeyError, TypeError) as error:
@@ -307,11 +361,11 @@ def _describe_decoder(decoder: dict[str, Any] | None) -> tuple[str, list[tuple[s
     return "byte_fallback", patterns, (last.get("content", ""), last.get("start", 0))
 
 
-def _default_template(found: str | list[dict[str, str]] | None) -> str | None:
-    """`chat_template` is a string, or a list of named ones of which `default` is used."""
+def _named_template(found: str | list[dict[str, str]] | None, name: str) -> str | None:
+    """`chat_template` is a string, or a list of named ones: `default`, and `tool_use` for where there are tools."""
     if isinstance(found, list):
-        return next((entry["template"] for entry in found if entry["name"] == "default"), None)
-    return found
+        return next((entry["template"] for entry in found if entry["name"] == name), None)
+    return found if name == "default" else None
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

@@ -70,7 +70,7 @@ class Tokenize(Operator[OperatorConfig]):
                 results[index] = request.prompt_tokens
             elif request.messages is not None:
                 try:
-                    chats.append((index, self._tokenizer.render_chat(request.messages)))
+                    chats.append((index, self._render_chat(request)))
                 except RequestError as error:
                     results[index] = error
             else:
@@ -83,6 +83,15 @@ class Tokenize(Operator[OperatorConfig]):
             for (index, _), ids in zip(texts, encoded, strict=True):
                 results[index] = ids
         return results
+
+    def _render_chat(self, request: Request) -> str:
+        assert request.messages is not None
+        text = self._tokenizer.render_chat(request.messages, tools=request.tools)
+        if request.tools and self._tokenizer.tool_format is None:
+            raise RequestError("this model's chat template has calls written in a form that is not known here", "tools")
+        if request.tools and request.tool_choice.required:
+            raise RequestError("tool_choice: calls cannot be forced yet: write auto", "tool_choice")
+        return text
 
     def _encode_texts(self, texts: list[tuple[int, str]], add_special_tokens: bool) -> list[list[int] | RequestError]:
         if not texts:

@@ -270,7 +270,8 @@ class EngineServices:
     def _make_stop_matcher(self, sequence: Sequence) -> StopStringMatcher:
         from .worker.stop_strings import StopStringMatcher
 
-        return StopStringMatcher(self.tokenizer.stream(), sequence.sampling.stop, sequence.sampling.min_tokens)
+        tokenizer = self.tokenizer.for_tools if sequence.request.tools else self.tokenizer
+        return StopStringMatcher(tokenizer.stream(), sequence.sampling.stop, sequence.sampling.min_tokens)
 
     @asynccontextmanager
     async def running(self, needed: bool = True) -> AsyncIterator[None]:

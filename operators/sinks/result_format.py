@@ -7,8 +7,9 @@
 
 A completion of n > 1 has `choices` too, its first one is also at the top. `logprobs` and `prompt_logprobs` are there
 if the request asked for them: one `{"token", "logprob", "top": [[token, logprob], ...]}` per position, null for the
-first prompt token. `embedding` is null where the request ended before. A logprob of minus infinity is null. Every
-other line has `src`, null if the record came from no file.
+first prompt token. `tool_calls`, as OpenAI writes them, is there if the request has tools. `embedding` is null where
+the request ended before. A logprob of minus infinity is null. Every other line has `src`, null if the record came from
+no file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic_core import to_json
 from ...records import Completion, DeadLetter, KVEvent, KVEventKind
 
 if TYPE_CHECKING:
-    from ...records import Choice, TokenLogprobs
+    from ...records import Choice, Request, TokenLogprobs, ToolCall
 
 
 def dump_line(record: Completion | DeadLetter | KVEvent) -> bytes:
@@ -37,13 +38,13 @@ def dump_line(record: Completion | DeadLetter | KVEvent) -> bytes:
 def completion_fields(completion: Completion) -> dict[str, Any]:
     request, choices = completion.request, completion.choices
     if request.pooling is None:
-        fields = {"request_id": request.request_id, **_choice_fields(choices[0])}
+        fields = {"request_id": request.request_id, **_choice_fields(choices[0], request)}
     else:
         embedding = None if completion.embedding is None else completion.embedding.tolist()
         reason = choices[0].finish_reason
         fields = {"request_id": request.request_id, "embedding": embedding, "finish_reason": reason}
     if len(choices) > 1:
-        fields["choices"] = [{"index": choice.index, **_choice_fields(choice)} for choice in choices]
+        fields["choices"] = [{"index": choice.index, **_choice_fields(choice, request)} for choice in choices]
     if completion.prompt_logprobs is not None:
         fields["prompt_logprobs"] = _dump_logprobs(completion.prompt_logprobs)
     fields["usage"] = completion.usage._asdict()
@@ -77,15 +78,22 @@ def kv_event_fields(event: KVEvent) -> dict[str, Any]:
     return fields
 
 
-def _choice_fields(choice: Choice) -> dict[str, Any]:
+def _choice_fields(choice: Choice, request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "text": choice.text,
         "output_tokens": choice.output_tokens,
         "finish_reason": None if choice.finish_reason is None else choice.finish_reason.value,
     }
+    if request.tools:
+        fields["tool_calls"] = [_call_fields(call) for call in choice.tool_calls]
     if choice.logprobs is not None:
         fields["logprobs"] = _dump_logprobs(choice.logprobs)
     return fields
+
+
+def _call_fields(call: ToolCall) -> dict[str, Any]:
+    """As OpenAI writes a call."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _dump_logprobs(logprobs: list[TokenLogprobs] | list[TokenLogprobs | None]) -> list[dict[str, Any] | None]:

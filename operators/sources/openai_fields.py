@@ -41,9 +41,6 @@ class OpenAIFields(TypedDict, total=False):
     service_tier: UsualTier
     response_format: PlainText
     modalities: TextOnly
-    tools: EmptyList
-    tool_choice: NoChoice
-    parallel_tool_calls: bool | None
     functions: EmptyList
     function_call: NoChoice
     echo: Off

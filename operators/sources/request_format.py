@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from ...errors import RequestError
 from ...records import Pooling, Request, SamplingParams
 from .openai_fields import Null, Off, OpenAIFields
+from .tool_fields import TOOL_BRANCHES, CalledTool, ToolFields, form_of_tools, tools_from_fields
 
 if TYPE_CHECKING:
     from ...records import SourcePosition
@@ -48,6 +49,8 @@ class TextPart(TypedDict):
 class Message(TypedDict, total=False):
     role: Required[Literal["system", "developer", "user", "assistant", "tool"]]
     content: str | list[TextPart] | None
+    tool_calls: list[CalledTool] | None
+    tool_call_id: str | None
 
 
 Messages = Annotated[list[Message], Field(min_length=1)]
@@ -75,7 +78,7 @@ _SAMPLING = frozenset(SamplingFields.__annotations__)
 _OF_OUTPUTS = _SAMPLING | {"max_new_tokens", "max_tokens", "max_completion_tokens", "logprobs", "stream"}
 
 
-class RequestFields(SamplingFields, total=False):
+class RequestFields(SamplingFields, ToolFields, total=False):
     messages: Messages | None
     prompt_tokens: Tokens | None
     max_new_tokens: Count | None
@@ -151,7 +154,7 @@ def _adapter(form: Any) -> TypeAdapter[dict[str, Any]]:
 
 
 # pydantic adds the branch of a union that it tried to where the error is
-_UNION_BRANCHES = frozenset({"str", "int", "bool", "constrained-str", "constrained-int", "[key]"}) | {
+_UNION_BRANCHES = frozenset({"str", "int", "bool", "constrained-str", "constrained-int", "[key]", *TOOL_BRANCHES}) | {
     f"list[{inner}]" for inner in ("str", "constrained-str", "constrained-int", "TextPart")
 }
 
@@ -256,6 +259,9 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     pooling = data.get("pooling")
     if pooling is not None:
         _refuse_output(data)
+    tools, tool_choice = tools_from_fields(data)
+    if tools and messages is None:
+        raise RequestError("found tools without messages: tools are for chats, write messages", "tools")
     return Request(
         request_id,
         prompt,
@@ -264,6 +270,8 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         params,
         stream=bool(data.get("stream")),
         pooling=None if pooling is None else Pooling(pooling),
+        tools=tools,
+        tool_choice=tool_choice,
         tenant=data.get("tenant") or "",
         cache_salt=data.get("cache_salt") or "",
         pin=bool(data.get("pin")),
@@ -356,6 +364,8 @@ def _form_at(loc: list[str], form: type[Any]) -> Any:
     """The form that the last field of a place should belong to."""
     if "stream_options" in loc[:-1]:
         return StreamOptions
+    if (tool_form := form_of_tools(loc)) is not None:
+        return tool_form
     if len(loc) > 2:
         return TextPart
     return BatchBody if form is BatchLine and loc[0] == "body" else form

@@ -169,6 +169,56 @@ def test_a_chat_gets_one_beginning_of_sequence(checkpoint_folder):
     assert ids == expected["input_ids"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+TOOL_TEMPLATE = """{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}[{{ message.role }}]\
+{{ message.content }}{% if message.tool_calls %}[TOOL_CALLS]{{ message.tool_calls[0].function | tojson }}{% endif %}\
+{% endfor %}"""
+
+
+def with_tools(template=TOOL_TEMPLATE, **options) -> Tokenizer:
+    rust = byte_level()._rust
+    rust.add_special_tokens(["[TOOL_CALLS]"])
+    return Tokenizer(rust, chat_template=template, **options)
+
+
+def test_tools_and_calls_reach_the_template_as_transformers_gives_them(checkpoint_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.json").write_bytes((checkpoint_folder("llama3") / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TOOL_TEMPLATE}))
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    call["function"] = {"name": "add", "arguments": '{"a": 1}'}
+    assert Tokenizer.from_folder(tmp_path).render_chat(messages, False, tools=TOOLS) == expected
+
+
+def test_a_template_of_its_own_for_tools():
+    tokenizer = with_tools("no tools", tool_template="[TOOL_CALLS] {{ tools | length }}")
+    assert tokenizer.render_chat(MESSAGES) == "no tools"
+    assert tokenizer.render_chat(MESSAGES, tools=TOOLS) == "[TOOL_CALLS] 1"
+    assert tokenizer.tool_format.name == "mistral"
+
+
+def test_a_template_without_tools_refuses_them():
+    tokenizer = with_tools("{{ messages[0].content }}")
+    assert tokenizer.tool_format is None
+    for refusing in (tokenizer, NullTokenizer()):
+        with pytest.raises(RequestError, match="leave them out"):
+            refusing.render_chat(MESSAGES, tools=TOOLS)
+        with pytest.raises(RequestError, match="leave them out"):
+            refusing.render_chat([{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}])
+
+
+def test_where_calls_are_looked_for_their_markers_are_text():
+    tokenizer = with_tools()
+    marker = tokenizer.special_ids(["[TOOL_CALLS]", "<tool 中>", "unknown"])["[TOOL_CALLS]"]
+    ids = [*tokenizer.encode("hé"), 0, marker, *tokenizer.encode("l")]
+    assert tokenizer.decode(ids) == "hél"
+    assert tokenizer.for_tools.decode(ids) == tokenizer.for_tools.stream().push(ids) == "hé[TOOL_CALLS]l"
+    assert tokenizer.for_tools.decode(ids, skip_special_tokens=False) == "hé<s>[TOOL_CALLS]l"
+
+
 @pytest.mark.parametrize("where", ["list", "file"])
 def test_a_template_may_be_a_list_or_a_file_of_its_own(where, checkpoint_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((checkpoint_folder("llama3") / "tokenizer.json").read_bytes())

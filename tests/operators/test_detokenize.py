@@ -20,6 +20,7 @@ from sageLLM.records import (
     Sequence,
     Timings,
     TokenDelta,
+    ToolChoice,
 )
 from sageLLM.runtime.worker.stop_strings import StopStringMatcher
 
@@ -87,6 +88,53 @@ def test_a_sequence_that_was_marked_as_failed_is_a_dead_letter(detokenize, outle
     sequence.error = "judged unfit"
     assert detokenize([[sequence]], outlet=collected) == []
     assert [(letter.error, letter.request_id) for letter in collected.letters] == [("judged unfit", "q")]
+
+
+@pytest.fixture(scope="module")
+def tool_tokenizer(checkpoint_folder):
+    rust = Tokenizer.from_folder(checkpoint_folder("qwen3"))._rust
+    rust.add_special_tokens(["<tool_call>", "</tool_call>"])
+    return Tokenizer(rust, chat_template="{{ tools }}<tool_call>")
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": "é😀", "b": [1]}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100, None])
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (f"I add:\n{CALL}\n{CALL}", "I add:", 2),
+        (f"{CALL} <tool_call>{{}}</tool_call>", " <tool_call>{}</tool_call>", 1),
+        ("No call at all, <tool_call>\n", "No call at all, <tool_call>\n", 0),
+        (f"Stop here###{CALL}", "Stop here", 0),
+        (f"{CALL}###", "", 1),
+    ],
+)
+def test_calls_are_told_apart_from_the_text(detokenize, tool_tokenizer, text, content, calls, parallel, size):
+    """At once (size None), and in deltas of so many tokens."""
+    sequence = sequence_of(stream=size is not None, eos=(1,), stop=("###",))
+    sequence.request.tools = [{"type": "function", "function": {"name": "add"}}]
+    sequence.request.tool_choice = ToolChoice(parallel=parallel)
+    ids = [*tool_tokenizer.encode(text, add_special_tokens=False), 1]
+    choice = decode_as_the_worker_does(sequence, ids, tool_tokenizer.for_tools)
+    deltas = [] if size is None else stream(sequence, choice, size)
+    *deltas, completion = detokenize([[delta] for delta in deltas] + [[sequence]], tool_tokenizer)
+    wanted = calls if parallel else min(calls, 1)
+    assert choice.text == content
+    assert [(call.name, call.arguments) for call in choice.tool_calls] == [("add", '{"a": "é😀", "b": [1]}')] * wanted
+    assert completion.tool_calls is choice.tool_calls
+    if size is not None:
+        assert "".join(delta.text for delta in deltas) == content
+        assert [call for delta in deltas for call in delta.tool_calls] == choice.tool_calls
+
+
+def test_without_tools_nothing_is_taken_for_a_call(detokenize, tool_tokenizer):
+    sequence = sequence_of(stream=False, eos=(1,))
+    choice = decode_as_the_worker_does(sequence, tool_tokenizer.encode(CALL), tool_tokenizer)
+    detokenize([[sequence]], tool_tokenizer)
+    assert (choice.text, choice.tool_calls) == ('\n{"name": "add", "arguments": {"a": "é😀", "b": [1]}}\n', [])
 
 
 def test_a_character_of_four_tokens_comes_whole(detokenize):

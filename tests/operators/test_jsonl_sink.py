@@ -25,6 +25,7 @@ from sageLLM.records import (
     SourcePosition,
     TokenDelta,
     TokenLogprobs,
+    ToolCall,
 )
 from sageLLM.runtime.flow.resume import ResumeIndex
 
@@ -79,6 +80,17 @@ def test_several_choices_and_logprobs(write, make_completion):
     ]
     assert line["prompt_logprobs"] == [None, {"token": 1, "logprob": -1.0, "top": []}]
     assert line["src"] is None
+
+
+def test_tool_calls(write, make_completion):
+    calling, answering = (make_completion(tools=[{"type": "function", "function": {"name": "add"}}]) for _ in range(2))
+    calling.choices[0].tool_calls = [ToolCall("call_1", "add", '{"a": 1}')]
+    first, second = write([calling, answering])
+    assert first["tool_calls"] == [
+        {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    ]
+    assert second["tool_calls"] == []
+    assert "tool_calls" not in write([make_completion()])[-1]
 
 
 def test_embeddings(write, make_completion):

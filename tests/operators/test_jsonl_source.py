@@ -15,7 +15,7 @@ from sageLLM.errors import ConfigError, RequestError, SourceChangedError
 from sageLLM.operators.sources.jsonl_source import JsonlSource
 from sageLLM.operators.sources.lines import LineSplitter
 from sageLLM.operators.sources.request_format import parse_request
-from sageLLM.records import Pooling, SamplingParams
+from sageLLM.records import Pooling, SamplingParams, ToolChoice
 from sageLLM.runtime.flow.resume import LineSet, ResumeIndex
 
 
@@ -216,8 +216,59 @@ def test_text_parts_of_a_message_are_joined():
 
 
 def test_an_assistant_that_calls_tools_need_not_say_anything():
-    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    messages = [
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
     assert parse(messages=messages).messages == messages
+
+
+ADD = {"type": "function", "function": {"name": "add", "description": None, "parameters": {"type": "object"}}}
+CHAT = [{"role": "user", "content": "1+1?"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "choice"),
+    [
+        ({}, ToolChoice()),
+        ({"tool_choice": "auto", "parallel_tool_calls": True}, ToolChoice()),
+        ({"tool_choice": "required"}, ToolChoice(required=True)),
+        ({"tool_choice": "auto", "parallel_tool_calls": False}, ToolChoice(parallel=False)),
+        ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, ToolChoice(required=True, name="add")),
+    ],
+)
+def test_tools_and_how_they_are_to_be_used(fields, choice):
+    line = {"messages": CHAT, "tools": [ADD], **fields}
+    for request in (parse(**line), parse(**batch(line))):
+        assert request.tools == [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+        assert request.tool_choice == choice
+
+
+@pytest.mark.parametrize("fields", [{"tools": []}, {"tools": [ADD], "tool_choice": "none"}, {"tool_choice": "auto"}])
+def test_a_request_that_calls_no_tools(fields):
+    request = parse(messages=CHAT, **fields)
+    assert (request.tools, request.tool_choice) == (None, ToolChoice())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tool_choice": "always"}, "tool_choice: found 'always', should be 'none', 'auto' or 'required' or an object"),
+        ({"tool_choice": {"type": "function", "function": {"name": "sub"}}}, "no tool 'sub': write one of add"),
+        ({"tools": [ADD, ADD]}, "tools: found two functions 'add'"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type: found 'web_search', should be 'function'; missing"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: found 'a b'"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "paramters": {}}}]}, "did you mean 'parameters'?"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, "tools: strict holds for calls"),
+        ({"tools": None, "tool_choice": "required"}, "found tool_choice without tools"),
+        ({"messages": None, "prompt": "1+1?"}, "found tools without messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "missing field 'messages.0.tool_calls.0."),
+    ],
+)
+def test_tools_that_are_wrong(fields, message):
+    assert message in refuse(**{"messages": CHAT, "tools": [ADD], **fields})
 
 
 def test_an_unknown_field_names_the_nearest():
@@ -315,8 +366,6 @@ def test_openai_fields_that_change_nothing_are_accepted():
     ("field", "value"),
     [
         ("response_format", {"type": "json_object"}),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("stream_options", {"include_usage": True}),
         ("echo", True),
         ("best_of", 3),

@@ -10,7 +10,7 @@ import pytest
 
 from sageLLM.config import ModelConfig, SageLLMConfig
 from sageLLM.models.resolve import resolve_model
-from sageLLM.models.tokenizer import load_tokenizer
+from sageLLM.models.tokenizer import Tokenizer, load_tokenizer
 from sageLLM.operators.tokenize import Tokenize
 from sageLLM.records import Pooling, Request, SamplingParams, SourcePosition
 
@@ -56,6 +56,34 @@ def test_what_the_request_leaves_open_comes_from_the_generation_config(tokenize,
     assert (open_.sampling.temperature, open_.sampling.top_k, open_.sampling.top_p) == (0.0, 0, 1.0)
     assert (warm.sampling.temperature, warm.sampling.top_k) == (0.5, 3)
     assert open_.eos_token_ids == (1,)
+
+
+ADD = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ messages[0].content }}", "takes no tools"),
+        ("{{ tools }}", "calls written in a form that is not known here"),
+        ("{{ tools }}<tool_call>", None),
+    ],
+)
+def test_tools_go_through_the_chat_template(tokenize, checkpoint_folder, template, told):
+    engine = engine_of(checkpoint_folder("llama3"))
+    engine.tokenizer = Tokenizer(engine.tokenizer._rust, chat_template=template)
+    messages = [{"role": "user", "content": "hi"}]
+    out = tokenize([Request("a", messages=messages, tools=[ADD])], engine)
+    if told is not None:
+        assert told in out.letters[0].error
+    else:
+        text = engine.tokenizer.decode(out.sent[0].prompt_tokens.tolist())
+        assert text == "[{'type': 'function', 'function': {'name': 'add'}}]<tool_call>"
+
+
+def test_without_a_chat_template_there_are_no_tools(tokenize):
+    (letter,) = tokenize([Request("a", messages=[{"role": "user", "content": "hi"}], tools=[ADD])]).letters
+    assert letter.error == "this model has no chat template that takes tools: leave them out"
 
 
 @pytest.mark.parametrize("pooling", Pooling)
