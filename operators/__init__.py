@@ -18,7 +18,7 @@ from . import (
 )
 from .functions import register_function
 from .sinks import jsonl_sink, reply_sink, stdout_sink
-from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source
+from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source, websocket_source
 
 __all__ = [
     "ERROR_PORT",
@@ -51,4 +51,5 @@ __all__ = [
     "tee",
     "tokenize",
     "unix_source",
+    "websocket_source",
 ]
