@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .records import TokenLogprobs
+    from .records import TokenLogprobs, ToolCall
     from .runtime.flow.flow import Flow
     from .runtime.flow.ledger import Outcome
     from .runtime.services import EngineServices
@@ -113,7 +113,8 @@ class GenerateMetrics:
 
 @dataclass(slots=True)
 class GenerateOutput:
-    """The first choice's tokens, text and finish reason; `choices` has all of them. `error` is set when it failed."""
+    """The first choice's tokens, text, finish reason and tool calls; `choices` has all of them. `error` is set when it
+    failed."""
 
     request_id: str
     output_tokens: list[int]
@@ -123,6 +124,7 @@ class GenerateOutput:
     choices: list[Choice] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 class _StreamCaller(Caller):
@@ -450,6 +452,7 @@ def _to_output(record: Completion | DeadLetter, strict: bool) -> GenerateOutput:
         first.text,
         record.choices,
         record.prompt_logprobs,
+        tool_calls=first.tool_calls,
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .formats import ToolFormat
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as templates write JSON
 
 
 def forced_call_grammar(
@@ -39,7 +40,7 @@ def forced_call_grammar(
     rules = [f"start: {start}", "call: " + " | ".join(f"call_{index}" for index in range(len(wanted)))]
     for index, function in enumerate(wanted):
         head = f'{{"name": {json.dumps(function["name"])}, "{tool_format.arguments_key}": '
-        schema = json.dumps(function.get("parameters") or _NO_PARAMETERS)
+        schema = json.dumps({"x-guidance": _SPACING, **(function.get("parameters") or _NO_PARAMETERS)})
         rules += [f'call_{index}: {json.dumps(head)} arguments_{index} "}}"', f"arguments_{index}: %json {schema}"]
     return "\n".join(rules)
 
