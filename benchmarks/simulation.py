@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .traces import TraceReplay
 
 _HEADER = ["mode", "policy", "eviction", "workers", "rate", "requests", "computed"]
-_HEADER += ["TTFT p50", "p99", "TPOT p50", "p99", "ITL p99", "hit rate", "preempted", "busy", "simulated s", "wall s"]
-_GOODPUT_AT = _HEADER.index("hit rate")
+_HEADER += ["TTFT p50", "p99", "TPOT p50", "p99", "ITL p99", "preempted", "busy", "simulated s", "wall s"]
+_HITS_AT = _HEADER.index("preempted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,11 @@ def run_scenario(
     row += _percentiles([each.ttft_s for each in outcomes]) + _percentiles([each.tpot_s for each in outcomes])
     row += _percentiles(result.latencies_s)[1:]
     row += [f"{objective.goodput(result):.3f}" for objective in objectives]
-    row += [f"{result.hit_tokens / max(result.queried_tokens, 1):.1%}", f"{result.preemptions}"]
+    hits = [result.hit_tokens]
+    if config.kv_cache.enable_tiering:
+        hits += [result.ddr_hit_tokens, result.nvme_hit_tokens]
+    row += [f"{tokens / max(result.queried_tokens, 1):.1%}" for tokens in hits]
+    row += [f"{result.preemptions}"]
     row += ["/".join(f"{busy / (result.elapsed_s or 1.0):.0%}" for busy in result.busy_s)]
     return [*row, f"{result.elapsed_s:.1f}", f"{seconds:.1f}"]
 
@@ -163,7 +167,8 @@ def _percentiles(seconds: Any) -> list[str]:
     return [f"{value * 1000:.1f}" for value in np.percentile(known, [50, 99])]
 
 
-def format_rows(rows: list[list[str]], objectives: list[Objective]) -> str:
-    """The table."""
+def format_rows(rows: list[list[str]], objectives: list[Objective], *, tiered: bool) -> str:
+    """The table; `tiered` with the shares of the queried tokens that came up from lower tiers."""
     goodputs = [f"goodput {objective}" for objective in objectives]
-    return format_table([*_HEADER[:_GOODPUT_AT], *goodputs, *_HEADER[_GOODPUT_AT:]], rows)
+    hits = ["hit rate", "of DDR", "of NVME"] if tiered else ["hit rate"]
+    return format_table([*_HEADER[:_HITS_AT], *goodputs, *hits, *_HEADER[_HITS_AT:]], rows)

@@ -46,13 +46,20 @@ class TraceRequest:
     deadline_ms: float | None = None
 
 
+class _Wrong(Exception):
+    """What was found in a line, and what to write instead."""
+
+    def __init__(self, found: str, instead: str) -> None:
+        super().__init__(f"found {found}, write {instead}")
+
+
 def read_block_ids(path: Path) -> list[Int32Array]:
     """Return each request's block ids, numbered anew from 0, in the order of the trace.
 
     Raises:
         ConfigError: the file cannot be read, a line is no request of such a trace, or none asks for a block.
     """
-    requests = _read_lines(path, lambda line: _block_ids(line["hash_ids"]), '{"hash_ids": [0, 1]}, ids below 2^63')
+    requests = _read_lines(path, _read_block_ids, '{"hash_ids": [0, 1]}')
     joined = np.concatenate([np.empty(0, np.int64), *requests])
     if not joined.size:
         raise ConfigError(f'{path}: no block to look up: give a file with a line {{"hash_ids": [0, 1]}} per request')
@@ -66,11 +73,12 @@ def read_requests(path: Path) -> list[TraceRequest]:
     Raises:
         ConfigError: the file cannot be read, a line is no request, or there is none.
     """
-    example = '{"timestamp": 0, "input_length": 600, "output_length": 20, "hash_ids": [0, 1]}; ids, tenant, priority '
-    example += f"and deadline_ms may be left out, and an id is {HASH_BLOCK} tokens"
-    requests = _read_lines(path, _request, example)
+    requests = _read_lines(path, _read_request, '{"timestamp": 0, "input_length": 600, "output_length": 20}')
     if not requests:
-        raise ConfigError(f"{path}: no request: write {example}")
+        raise ConfigError(
+            f'{path}: found no request, write a line for each: {{"timestamp": 0, "input_length": 600, "output_length": '
+            f'20, "hash_ids": [0, 1]}}; ids of {HASH_BLOCK} tokens each, tenant, priority and deadline_ms need not be'
+        )
     return sorted(requests, key=lambda request: request.at_s)
 
 
@@ -84,38 +92,84 @@ def _read_lines(path: Path, read: Callable[[dict[str, Any]], T], example: str) -
         if not line.strip():
             continue
         try:
-            values.append(read(json.loads(line)))
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            found = line[:60].decode("utf-8", "replace")
-            raise ConfigError(f"{path}:{number}: found {found}, write {example}") from error
+            values.append(read(_parse(line, example)))
+        except _Wrong as wrong:
+            raise ConfigError(f"{path}:{number}: {wrong}") from None
     return values
 
 
-def _block_ids(ids: Any) -> Int64Array:
-    if not isinstance(ids, list) or not all(type(each) is int for each in ids):
-        raise TypeError
+def _parse(line: bytes, example: str) -> dict[str, Any]:
+    text = line.decode("utf-8", "replace")
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise _Wrong(f"{_shorten(text)}, which is no JSON ({error})", f"an object like {example}") from error
+    if not isinstance(value, dict):
+        raise _Wrong(_shorten(text), f"an object like {example}")
+    return value
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _read_block_ids(line: dict[str, Any]) -> Int64Array:
+    return _ids("hash_ids", line.get("hash_ids"), 2**63, "[0, 1]")
+
+
+def _ids(name: str, ids: Any, end: int, example: str) -> Int64Array:
+    if not isinstance(ids, list):
+        found = f"no {name}" if ids is None else f"{name}: {_shorten(json.dumps(ids))}"
+        raise _Wrong(found, f'"{name}": {example}')
+    for each in ids:
+        if type(each) is not int or not 0 <= each < end:
+            raise _Wrong(f"{_shorten(json.dumps(each))} in {name}", f"integers from 0 to {end - 1}")
     return np.array(ids, np.int64)
 
 
-def _request(line: dict[str, Any]) -> TraceRequest:
-    prompt = line["prompt_tokens"] if "prompt_tokens" in line else line["input_length"]
-    output = line["max_new_tokens"] if "max_new_tokens" in line else line["output_length"]
+def _length(line: dict[str, Any], name: str, other: str) -> int:
+    given = other if other in line else name
+    if given not in line:
+        raise _Wrong(f"no {name}", f'"{name}": 20, a number of tokens')
+    value = line[given]
+    if type(value) is not int or not 0 < value < 2**31:
+        raise _Wrong(f"{given}: {_shorten(json.dumps(value))}", "a number of tokens, at least 1")
+    return value
+
+
+def _milliseconds(line: dict[str, Any], name: str) -> float:
+    value = line[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise _Wrong(f"{name}: {_shorten(json.dumps(value))}", "milliseconds, at least 0")
+    return float(value)
+
+
+def _read_request(line: dict[str, Any]) -> TraceRequest:
+    if "timestamp" not in line:
+        raise _Wrong("no timestamp", '"timestamp": 0, the milliseconds at which it arrives')
+    at_s = _milliseconds(line, "timestamp") / 1000
+    output = _length(line, "output_length", "max_new_tokens")
     tokens = blocks = None
-    if isinstance(prompt, list):
-        _block_ids(prompt)
-        tokens = np.array(prompt, np.int32)
-        prompt = len(prompt)
-    elif line.get("hash_ids") is not None:
-        blocks = _block_ids(line["hash_ids"])
-        if blocks.size * HASH_BLOCK < prompt:
-            raise ValueError
-    deadline = line.get("deadline_ms")
-    tenant, priority, at = line.get("tenant", ""), line.get("priority", 0), line.get("timestamp", 0)
-    if not (type(prompt) is type(output) is type(priority) is int and prompt > 0 and output > 0):
-        raise TypeError
-    if not isinstance(tenant, str) or not isinstance(at, int | float) or not isinstance(deadline, int | float | None):
-        raise TypeError
-    return TraceRequest(at / 1000, prompt, output, tokens, blocks, tenant, priority, deadline)
+    if isinstance(line.get("prompt_tokens"), list):
+        tokens = _ids("prompt_tokens", line["prompt_tokens"], _FIRST_ID, "[5, 6, 7]").astype(np.int32)
+        prompt = len(tokens)
+        if not prompt:
+            raise _Wrong("prompt_tokens: []", "at least one token")
+    else:
+        prompt = _length(line, "input_length", "prompt_tokens")
+        if line.get("hash_ids") is not None:
+            blocks = _read_block_ids(line)
+            if blocks.size * HASH_BLOCK < prompt:
+                needed = -(-prompt // HASH_BLOCK)
+                found = f"{blocks.size} hash_ids for {prompt} tokens"
+                raise _Wrong(found, f"{needed}, one for each {HASH_BLOCK} tokens")
+    deadline = None if line.get("deadline_ms") is None else _milliseconds(line, "deadline_ms")
+    tenant, priority = line.get("tenant", ""), line.get("priority", 0)
+    if not isinstance(tenant, str):
+        raise _Wrong(f"tenant: {_shorten(json.dumps(tenant))}", 'a name in quotes, like "a"')
+    if type(priority) is not int:
+        raise _Wrong(f"priority: {_shorten(json.dumps(priority))}", "an integer")
+    return TraceRequest(at_s, prompt, output, tokens, blocks, tenant, priority, deadline)
 
 
 class TraceReplay:

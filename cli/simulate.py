@@ -105,4 +105,4 @@ def command(
         run_scenario(each, pipeline.engine, stages, target, replay, Routing(routing), objectives)
         for each in combinations
     ]
-    click.echo(format_rows(rows, objectives))
+    click.echo(format_rows(rows, objectives, tiered=pipeline.engine.kv_cache.enable_tiering))

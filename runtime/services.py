@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..config import SageLLMConfig
     from ..graph.pipeline import Pipeline
     from ..kv_runtime.block_times import BlockTimes
-    from ..kv_runtime.tiers import KVTiers, TierStats
+    from ..kv_runtime.tiers import FetchCost, KVTiers, TierStats
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
     from ..records import Request, Sequence
@@ -157,8 +157,6 @@ class EngineServices:
         if they swap."""
         if not self.config.kv_cache.enable_tiering:
             return []
-        from .tiers import build_tiers
-
         always = self.is_null or self.config.inference_mode is not InferenceMode.STANDARD
         cost = None if always else self.step_cost
         leases = self.leases
@@ -167,11 +165,21 @@ class EngineServices:
             books += leases.decode
         executors = cast("list[PooledExecutor]", self.executors)
         pools = [(book.kv, executor) for book, executor in zip(books, executors, strict=False)]
-        tiers = build_tiers(self.config.kv_cache, self.model, pools, cost, self.clock)
+        tiers = self.build_tiers(pools, cost)
         for book, below in zip(books, tiers, strict=True):
             book.tiers = below
             below.fetcher.on_fetched.append(self._on_fetched)
         return tiers
+
+    def build_tiers(self, pools: list[tuple[KVCache, PooledExecutor]], cost: FetchCost | None) -> list[KVTiers]:
+        """Those below each pool, with the executor that holds it.
+
+        Raises:
+            ConfigError: they do not fit into main memory.
+        """
+        from .tiers import build_tiers
+
+        return build_tiers(self.config.kv_cache, self.model, pools, cost, self.clock)
 
     async def run_io(self, job: Callable[[], Any]) -> Any:
         """Run what waits for a disk on a thread; for the null model, whose KV has no bytes, here and now."""

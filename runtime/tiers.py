@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..config import KVCacheConfig
     from ..kv_runtime.cache import KVCache
     from ..kv_runtime.tiers import FetchCost
+    from ..kv_runtime.tiers.kv_tiers import Submit
     from ..models.resolve import ResolvedModel
     from .worker.executor import PooledExecutor
 
@@ -37,18 +38,23 @@ def build_tiers(
     Raises:
         ConfigError: there is not enough main memory for the DDR tiers.
     """
-    (kv, executor), *_ = pools
-    io, size = executor.block_io, config.block_size
-    ddr, nvme = (tokens // size for tokens in config.tier_tokens)
-    host_blocks = ddr or min(_MOST_BUFFERED, kv.num_blocks)
+    io, size = pools[0][1].block_io, config.block_size
+    host_blocks, nvme = tier_blocks(config)
     check_host_tier(host_blocks, size, io.block_bytes, len(pools))
     files = None
     if config.nvme_path is not None:
         files = FileTier(config.nvme_path, kv_fingerprint(model, io.layout, size), nvme, size, io.block_bytes)
-    return [_build_one(config, kv, executor, host_blocks, files, cost, clock) for kv, executor in pools]
+    submit = None if io.block_bytes else _at_once
+    return [build_below(config, kv, executor, host_blocks, files, cost, clock, submit) for kv, executor in pools]
 
 
-def _build_one(
+def tier_blocks(config: KVCacheConfig) -> tuple[int, int]:
+    """Blocks of main memory, which without a DDR tier are for those on their way to files, and blocks in files."""
+    ddr, nvme = (tokens // config.block_size for tokens in config.tier_tokens)
+    return ddr or min(_MOST_BUFFERED, config.max_tokens // config.block_size), nvme
+
+
+def build_below(
     config: KVCacheConfig,
     kv: KVCache,
     executor: PooledExecutor,
@@ -56,14 +62,15 @@ def _build_one(
     files: FileTier | None,
     cost: FetchCost | None,
     clock: Callable[[], float],
+    submit: Submit | None,
 ) -> KVTiers:
+    """Make the tiers below one pool; see `KVTiers` for `submit`."""
     io = executor.block_io
     high, low, promote = config.watermarks
     watermarks = Watermarks(high, low, promote) if config.tier_tokens[0] else Watermarks(0.0, 0.0, promote)
     classifier = None
     if config.enable_migration:
         classifier = TemperatureClassifier(config.hot_threshold, config.cold_timeout_s, clock)
-    submit = None if io.block_bytes else _at_once
     tiers = KVTiers(
         kv, io, host_blocks, files, watermarks=watermarks, classifier=classifier, cost=cost, submit=submit, clock=clock
     )

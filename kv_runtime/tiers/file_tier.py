@@ -45,11 +45,7 @@ class FileTier:
         self._lock = Lock()
         self._index: OrderedDict[bytes, None] = OrderedDict()  # the coldest first
         self._folders: set[str] = set()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._stop_writing(error)
-        self._index.update(dict.fromkeys(self._scan()))
+        self._index.update(dict.fromkeys(self._open()))
 
     def __len__(self) -> int:
         return len(self._index)
@@ -63,11 +59,10 @@ class FileTier:
 
     def discover(self, key: BlockKey) -> bool:
         """Whether the block is here, whatever another process has put here or deleted meanwhile. Looks at the disk."""
-        with suppress(OSError):
-            if self._path(key.digest).stat().st_size == self._file_size:
-                with self._lock:
-                    self._index.setdefault(key.digest)
-                return True
+        if self._is_there(key.digest):
+            with self._lock:
+                self._index.setdefault(key.digest)
+            return True
         self._forget(key.digest)
         return False
 
@@ -78,31 +73,23 @@ class FileTier:
             OSError: it cannot be read.
             KVCacheError: the file is not that block, or is damaged.
         """
-        path = self._path(key.digest)
         try:
-            read_block(path, self._fingerprint, key, into)
+            self._load(key, into)
         except (OSError, KVCacheError) as error:
             self._forget(key.digest)
             if isinstance(error, KVCacheError):
-                with suppress(OSError):
-                    path.unlink()
+                self._delete(key.digest)
             raise
         with self._lock:
             if key.digest in self._index:
                 self._index.move_to_end(key.digest)
-        with suppress(OSError):
-            os.utime(path)  # so that the order outlives this process
 
     def write(self, key: BlockKey, data: Bytes) -> bool:
         """Store a block [block_bytes], in the place of the coldest one if there is no room; False if that failed."""
         if not self.is_writable:
             return False
-        path = self._path(key.digest)
         try:
-            if path.parent.name not in self._folders:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._folders.add(path.parent.name)
-            write_block(path, self._fingerprint, key, data)
+            self._store(key, data)
         except OSError as error:
             self._folders.clear()
             self._stop_writing(error)
@@ -121,8 +108,41 @@ class FileTier:
                     return
                 digest, _ = self._index.popitem(last=False)
             self._tell_deleted(digest)
-            with suppress(OSError):
-                self._path(digest).unlink()
+            self._delete(digest)
+
+    # -- the disk ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> list[bytes]:
+        """The digests of the blocks that are there, the coldest first."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._stop_writing(error)
+        return self._scan()
+
+    def _is_there(self, digest: bytes) -> bool:
+        with suppress(OSError):
+            return self._path(digest).stat().st_size == self._file_size
+        return False
+
+    def _load(self, key: BlockKey, into: Bytes) -> None:
+        path = self._path(key.digest)
+        read_block(path, self._fingerprint, key, into)
+        with suppress(OSError):
+            os.utime(path)  # so that the order outlives this process
+
+    def _store(self, key: BlockKey, data: Bytes) -> None:
+        path = self._path(key.digest)
+        if path.parent.name not in self._folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(path.parent.name)
+        write_block(path, self._fingerprint, key, data)
+
+    def _delete(self, digest: bytes) -> None:
+        with suppress(OSError):
+            self._path(digest).unlink()
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _path(self, digest: bytes) -> Path:
         name = digest.hex()

@@ -121,6 +121,11 @@ class KVTiers:
         if self.migration is not None:
             self._migrate_in_time(self.migration)
 
+    @property
+    def next_pass(self) -> float:
+        """When the next `flush` has blocks migrate, in seconds of the clock; infinity where none ever do."""
+        return float("inf") if self.migration is None else self._next_pass
+
     def _migrate_in_time(self, migration: Migration) -> None:
         """Every second in which something happens, have the copier look at what lies where."""
         now = self._clock()

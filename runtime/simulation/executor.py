@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ...kv_runtime.tiers.block_io import NoBytesIO
 from ..scheduler.plan import StepResult
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from ...kv_runtime.tiers import BlockIO
     from ...records import Sequence
     from ..scheduler.plan import StepPlan
 
@@ -44,7 +46,8 @@ class StepTimes(Protocol):
         ...
 
     def transfer_seconds(self, num_bytes: int, path: str) -> float:
-        """Seconds that bytes take on a path: "handover" is from worker to worker."""
+        """Seconds that bytes take on a path: "handover" is from worker to worker, "ddr" and "nvme" between
+        the device and a lower tier."""
         ...
 
 
@@ -101,13 +104,15 @@ class SimulatedExecutor:
         output_token: Callable[[Sequence], int],
     ) -> None:
         self.busy_s = 0.0
+        self.free_at = 0.0  # when what was launched so far has run
+        self.block_io: BlockIO = NoBytesIO()
+        self.before_step: Callable[[], None] = lambda: None
         self.latencies = Latencies()
         self._times = times
         self._time = time
         self._output_token = output_token
         self._unread: deque[_SimulatedStep] = deque()
         self._num_layers = num_layers
-        self._free_at = 0.0
         self._link_free_at = 0.0
         self.tokens = np.zeros(num_slots, np.int64)
         self._token_at = np.full(num_slots, np.nan)  # when the row's newest token was read
@@ -130,11 +135,12 @@ class SimulatedExecutor:
         return True
 
     def launch(self, plan: StepPlan) -> _SimulatedStep:
+        self.before_step()
         starts = [chunk.start for chunk in plan.chunks]
         lengths = [len(chunk.tokens) for chunk in plan.chunks]
         seconds = self._times.step_seconds(plan.decode_positions + 1, starts, lengths, len(plan.sample_slots))
-        begin = max(self._time.now, self._free_at)
-        end = self._free_at = begin + seconds
+        begin = max(self._time.now, self.free_at)
+        end = self.free_at = begin + seconds
         self.busy_s += seconds
         if plan.exports:
             end = self._send(plan, begin, seconds)
@@ -160,7 +166,7 @@ class SimulatedExecutor:
         """
         unread = len(self._unread)
         seconds = self._times.decode_seconds(rows, computed + rows * np.arange(1 - unread, steps + 1))
-        ends = np.cumsum(np.concatenate([[self._free_at], seconds[unread:]]))[1:]
+        ends = np.cumsum(np.concatenate([[self.free_at], seconds[unread:]]))[1:]
         return seconds, np.concatenate([[step.end for step in self._unread], ends])
 
     def advance(
@@ -170,7 +176,7 @@ class SimulatedExecutor:
         unread = len(self._unread)
         for step, end in zip(self._unread, ends[steps:].tolist(), strict=False):
             step.end = end
-        self._free_at = self._unread[-1].end
+        self.free_at = self._unread[-1].end
         self.busy_s = float(np.cumsum(np.concatenate([[self.busy_s], seconds[unread : unread + steps]]))[-1])
         self.latencies.add(ends[0] - self._token_at[slots])
         self.latencies.add(np.repeat(np.diff(ends[:steps]), len(slots)))

@@ -14,7 +14,6 @@ import numpy as np
 from ..scheduler.resident import RowState
 
 if TYPE_CHECKING:
-
     from numpy.typing import NDArray
 
     from ..scheduler.plan import StepPlan
@@ -74,6 +73,8 @@ class Repetition:
         steps = self._within_room(steps)
         self._seconds, self.ends = executor.foresee(len(slots), int(self._computed.sum()), steps)
         self.steps = min(steps, int(self.ends.searchsorted(worker.table.timeout.min(), side="right")))
+        if worker.leases.tiers is not None:
+            self.steps = min(self.steps, int(self.ends.searchsorted(worker.leases.tiers.next_pass)))
 
     def _find_extensions(self, steps: int) -> None:
         """Note which rows need one more block in which step, by step and then by row."""

@@ -69,6 +69,8 @@ class SimulationResult:
     preemptions: int
     queried_tokens: int
     hit_tokens: int
+    ddr_hit_tokens: int  # brought up from there, and then hit
+    nvme_hit_tokens: int
 
 
 def simulate(
@@ -100,12 +102,17 @@ def simulate(
     )
     feed = _Feed(iter(arrivals), time, cluster)
     feed.schedule_next()
-    time.run()
+    try:
+        time.run()
+    finally:
+        for engine in cluster.engines:
+            engine.close()
     if len(outcomes) < feed.arrived:
         raise FlowError(f"{feed.arrived - len(outcomes)} of {feed.arrived} simulated requests never ended")
     engines = cluster.engines
     executors = [executor for engine in engines for executor in engine.executors]
     stats = [cache.stats() for engine in engines for cache in engine.prefix_caches]
+    below = [told for engine in engines if (told := engine.services.tier_stats()) is not None]
     begin = min((outcome.arrival for outcome in outcomes), default=0.0)
     return SimulationResult(
         outcomes,
@@ -116,6 +123,8 @@ def simulate(
         sum(engine.worker.preemptions for engine in engines),
         sum(each.queried_tokens for each in stats),
         sum(each.hit_tokens for each in stats),
+        sum(each.ddr_hit_tokens for each in below),
+        sum(each.nvme_hit_tokens for each in below),
     )
 
 

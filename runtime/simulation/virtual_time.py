@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .virtual_thread import VirtualThread
+
 
 LAST = sys.maxsize
 
@@ -23,6 +25,7 @@ class VirtualTime:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.running: VirtualThread | None = None
         self._events: list[tuple[float, int, int, Callable[[], None]]] = []
         self._numbers = count()
         self._ranks = count()
@@ -41,6 +44,11 @@ class VirtualTime:
     def call_later(self, seconds: float, event: Callable[[], None]) -> None:
         """Let something happen so many seconds from now."""
         self.call_at(self.now + seconds, event)
+
+    def sleep_until(self, moment: float) -> None:
+        """Let the virtual thread that runs wait. Where none does, nobody can: nothing happens."""
+        if self.running is not None:
+            self.running.sleep_until(moment)
 
     def run(self) -> None:
         """Let events happen until there are none."""

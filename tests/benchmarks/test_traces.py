@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -40,10 +41,10 @@ def test_equal_ids_are_equal_blocks_of_512_tokens(tmp_path):
 
 def test_prompts_of_which_only_the_length_is_known_share_nothing(tmp_path):
     lines = [
-        {"prompt_tokens": 30, "max_new_tokens": 5},
-        {"input_length": 40, "output_length": 5, "tenant": "a", "priority": 2, "deadline_ms": 50},
-        {"input_length": 600, "output_length": 5, "hash_ids": [0, 1]},
-        {"prompt_tokens": [5, 6, 7], "max_new_tokens": 5},
+        {"timestamp": 0, "prompt_tokens": 30, "max_new_tokens": 5},
+        {"timestamp": 0, "input_length": 40, "output_length": 5, "tenant": "a", "priority": 2, "deadline_ms": 50},
+        {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]},
+        {"timestamp": 0, "prompt_tokens": [5, 6, 7], "max_new_tokens": 5},
     ]
     trace, arrivals = replay(tmp_path, *lines)
     sequences = [sequence for _, sequence in arrivals]
@@ -70,33 +71,55 @@ def test_what_comes_at_one_moment_may_be_spread_up_to_the_next(tmp_path):
     assert [at for at, _ in TraceReplay(requests[:2], spread=True).arrivals()] == [0, 0]
 
 
+GOOD = {"timestamp": 0, "input_length": 5, "output_length": 5}
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("change", "said"),
     [
-        {"timestamp": 0, "output_length": 5},
-        {"timestamp": 0, "input_length": 5},
-        {"input_length": 0, "output_length": 5},
-        {"input_length": 5, "output_length": 0},
-        {"input_length": "5", "output_length": 5},
-        {"input_length": 5, "output_length": True},
-        {"input_length": 5, "output_length": 5, "timestamp": "now"},
-        {"input_length": 5, "output_length": 5, "tenant": 3},
-        {"input_length": 5, "output_length": 5, "priority": 0.5},
-        {"input_length": 5, "output_length": 5, "deadline_ms": "soon"},
-        {"input_length": 513, "output_length": 5, "hash_ids": [1]},
-        {"input_length": 513, "output_length": 5, "hash_ids": ["a"]},
-        {"prompt_tokens": [2**40], "max_new_tokens": 5},
-        {"prompt_tokens": [], "max_new_tokens": 5},
-        [1, 2],
-        3,
+        ({"timestamp": None}, 'no timestamp, write "timestamp": 0, the milliseconds'),
+        ({"input_length": None}, 'no input_length, write "input_length": 20'),
+        ({"output_length": None}, 'no output_length, write "output_length": 20'),
+        ({"input_length": 0}, "input_length: 0, write a number of tokens, at least 1"),
+        ({"output_length": 0}, "output_length: 0, write a number of tokens"),
+        ({"input_length": "5"}, 'input_length: "5", write a number of tokens'),
+        ({"output_length": True}, "output_length: true, write a number of tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: 2.5, write a number of tokens"),
+        ({"timestamp": "now"}, 'timestamp: "now", write milliseconds'),
+        ({"timestamp": float("nan")}, "timestamp: NaN, write milliseconds"),
+        ({"timestamp": -3}, "timestamp: -3, write milliseconds"),
+        ({"tenant": 3}, "tenant: 3, write a name in quotes"),
+        ({"priority": 0.5}, "priority: 0.5, write an integer"),
+        ({"deadline_ms": "soon"}, 'deadline_ms: "soon", write milliseconds'),
+        ({"input_length": 513, "hash_ids": [1]}, "1 hash_ids for 513 tokens, write 2, one for each 512"),
+        ({"hash_ids": ["a"]}, '"a" in hash_ids, write integers from 0'),
+        ({"hash_ids": [2**63]}, "9223372036854775808 in hash_ids, write integers from 0"),
+        ({"hash_ids": 7}, 'hash_ids: 7, write "hash_ids": [0, 1]'),
+        ({"prompt_tokens": [2**40]}, "1099511627776 in prompt_tokens, write integers from 0 to 16777215"),
+        ({"prompt_tokens": []}, "prompt_tokens: [], write at least one token"),
     ],
 )
-def test_a_line_that_is_no_request_is_refused_by_number(tmp_path, line):
-    good = {"input_length": 5, "output_length": 5}
-    with pytest.raises(ConfigError, match=r"trace.jsonl:2: found .*, write \{\"timestamp\""):
-        read_requests(write(tmp_path / "trace.jsonl", good, line))
+def test_what_is_wrong_with_a_line_is_told_by_its_number(tmp_path, change, said):
+    bad = {name: value for name, value in (GOOD | change).items() if value is not None}
+    with pytest.raises(ConfigError, match=re.escape("trace.jsonl:2: found " + said)):
+        read_requests(write(tmp_path / "trace.jsonl", GOOD, bad))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[1, 2]", "[1, 2], write an object"),
+        ("3", "3, write an object"),
+        ('{"timestamp', '{"timestamp, which is no JSON'),
+    ],
+)
+def test_a_line_that_is_no_object_is_refused(tmp_path, line, said):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
+    with pytest.raises(ConfigError, match=re.escape("trace.jsonl:3: found " + said)):
+        read_requests(path)
 
 
 def test_an_empty_trace_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no request: write"):
+    with pytest.raises(ConfigError, match="found no request, write a line for each"):
         read_requests(write(tmp_path / "trace.jsonl"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -75,6 +76,16 @@ def test_a_slower_device_takes_longer_and_the_limit_holds(simulate):
     (fast,), (slow,) = (rows(simulate("--limit", "5", "--device", device)) for device in ("h200", "a100"))
     assert fast[:7] == ["hybrid", "fcfs", "lru", "1", "1", "5", "5"]
     assert float(fast[7]) < float(slow[7])
+
+
+def test_tiers_have_hit_rates_of_their_own(simulate):
+    tiers = "enable_tiering=true", "nvme_path=/nonexistent", "nvme_tokens=99999", "ddr_tokens=4096", "max_tokens=2048"
+    result = simulate(*(f"--set=engine.kv_cache.{each}" for each in tiers))
+    header, _, row = (re.split(r"  +", line.strip()) for line in result.stdout.splitlines())
+    shares = {name: float(row[header.index(name)].rstrip("%")) for name in ("hit rate", "of DDR", "of NVME")}
+    assert shares["hit rate"] > shares["of DDR"] > 0
+    assert rows(simulate(*(f"--set=engine.kv_cache.{each}" for each in tiers))) == rows(result)
+    assert "of DDR" not in simulate().stdout
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from sageLLM.errors import ConfigError
 from sageLLM.models.resolve import resolve_model
 from sageLLM.records import FinishReason, Request, SamplingParams, Sequence
 from sageLLM.runtime.simulation.cluster import Routing
-from sageLLM.runtime.simulation.engine import HOP_S, SimulatedEngine, Stages, Target
+from sageLLM.runtime.simulation.engine import HOP_S, Stages, Target
 from sageLLM.runtime.simulation.simulation import simulate
 
 
@@ -28,8 +28,12 @@ class Times:
         return np.full(len(contexts), 1.0 + 0.1 * rows)
 
     def transfer_seconds(self, num_bytes, path):
-        assert path == "handover"
-        return 0.01 + num_bytes / 100
+        return {"handover": 0.01, "ddr": 0.5, "nvme": 3.0}[path] + num_bytes / 100
+
+
+DDR = {"enable_tiering": True, "ddr_tokens": 400}
+FILES = {"enable_tiering": True, "nvme_path": "/nonexistent", "nvme_tokens": 400}
+MIGRATING = {**FILES, "ddr_tokens": 40, "enable_migration": True, "cold_timeout_s": 20}
 
 
 def sequence(prompt, max_new_tokens, number=0, tenant="", interactive=True):
@@ -49,6 +53,7 @@ def run(
     policy="fcfs",
     repeats=True,
     kv_cache=None,
+    inference_mode="standard",
     **scheduler,
 ):
     """Outcomes by number, and the whole result; blocks are of four tokens, an output is a token of its own."""
@@ -57,6 +62,7 @@ def run(
         model={"model_id": "builtin:null"},
         kv_cache={"max_tokens": 4 * blocks, "block_size": 4, **(kv_cache or {})},
         scheduler={"max_batch_size": 8, "max_step_tokens": 64, **scheduler},
+        inference_mode=inference_mode,
     )
     sequences = [(at, sequence(prompt, n, i, **more)) for i, (at, prompt, n, more) in enumerate(arrivals)]
     model = resolve_model(config.model)
@@ -290,7 +296,8 @@ long_requests = st.lists(
             "max_decode_batch": st.integers(1, 6),
             "request_timeout_s": st.sampled_from([0, 50]),
             "tpot_slo_ms": st.sampled_from([None, 1700]),
-            "kv_cache": st.sampled_from([{}, {"ttl_s": 20}, {"eviction": "cost"}]),
+            "kv_cache": st.sampled_from([{}, {"ttl_s": 20}, {"eviction": "cost"}, DDR, MIGRATING]),
+            "preemption": st.sampled_from(["recompute", "swap"]),
         }
     ),
     st.integers(1, 3),
@@ -301,12 +308,52 @@ def test_steps_that_are_alike_come_to_the_same_at_once_and_one_by_one(drawn, pol
     options["max_decode_batch"] = min(options["max_decode_batch"], options["max_batch_size"])
     if mode == "strict":
         options |= {"replicas": 1, "prefill_workers": replicas, "decode_workers": 3 - replicas // 2}
+    if not options["kv_cache"].get("enable_tiering"):
+        options["preemption"] = "recompute"
     at_once, one_by_one = (asdict(run(*arrivals, repeats=repeats, **options)[1]) for repeats in (True, False))
     assert at_once.pop("latencies_s").tolist() == one_by_one.pop("latencies_s").tolist()
     assert at_once == one_by_one
 
 
-def test_tiers_are_refused_rather_than_left_out():
-    config = SageLLMConfig(kv_cache={"enable_tiering": True, "ddr_tokens": 4096})
-    with pytest.raises(ConfigError, match="tiers are not simulated"):
-        SimulatedEngine(config, *[None] * 5)
+def copy_s(blocks, path="ddr"):
+    return Times().transfer_seconds(16 * blocks, path)
+
+
+def test_what_comes_up_from_ddr_takes_its_time_and_so_does_what_goes_down():
+    """Six blocks of four tokens: the second prompt pushes two of the first's three blocks out.
+
+    The third, which repeats the first, has one block fetched, for which one more is given up; its lease takes another.
+    """
+    prompts = call(0, range(12), 1), call(100, range(100, 120), 1), call(200, range(12), 1)
+    outcomes, result = run(*prompts, blocks=6, kv_cache=DDR)
+    assert outcomes[1].ttft_s == pytest.approx(HOP_S + copy_s(2) + 3.0)
+    assert outcomes[2].ttft_s == pytest.approx(copy_s(1) + copy_s(1) + HOP_S + copy_s(1) + 1.4)
+    assert (result.hit_tokens, result.ddr_hit_tokens, result.nvme_hit_tokens) == (8, 4, 0)
+    outcomes, result = run(*prompts, blocks=6)
+    assert outcomes[2].ttft_s == pytest.approx(HOP_S + 1.8)
+    assert (result.hit_tokens, result.ddr_hit_tokens) == (4, 0)
+
+
+def test_a_row_that_was_swapped_out_comes_up_again():
+    """What `test_a_preempted_row_is_computed_again` computes again, but for what its prompt has cached, is fetched."""
+    prompts = call(0, range(4), 6), call(0, range(10, 14), 6)
+    outcomes, result = run(*prompts, blocks=4, launch_ahead=False, preemption="swap", kv_cache=DDR)
+    assert (result.preemptions, result.ddr_hit_tokens) == (1, 4)
+    assert [outcomes[i].output_tokens for i in (0, 1)] == [6, 6]
+
+
+def test_prefill_only_ends_with_the_first_token_when_all_whole_blocks_are_in_files():
+    outcomes, _ = run(call(0, range(13), 9), inference_mode="prefill_only", kv_cache=FILES)
+    assert outcomes[0].output_tokens == 1
+    assert outcomes[0].ttft_s == pytest.approx(HOP_S + 2.3)
+    assert outcomes[0].finished == pytest.approx(2 * HOP_S + 2.3 + copy_s(3) + 3 * copy_s(1, "nvme"))
+    outcomes, _ = run(call(0, range(13), 9), inference_mode="prefill_only")
+    assert outcomes[0].finished == pytest.approx(2 * HOP_S + 2.3)
+
+
+def test_decode_only_finds_every_prompt_in_files():
+    outcomes, result = run(call(0, range(13), 9), inference_mode="decode_only", kv_cache=FILES)
+    assert outcomes[0].ttft_s == pytest.approx(copy_s(3, "nvme") + HOP_S + 1.1)
+    assert result.nvme_hit_tokens == 12
+    with pytest.raises(ConfigError, match="all KV is in files; write recompute"):
+        run(call(0, range(13), 9), inference_mode="decode_only", kv_cache=FILES, on_transfer_failure="fail")
