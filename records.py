@@ -188,6 +188,7 @@ class Sequence:
     embedding: NDArray[np.float32] | None = None  # [hidden], of length 1: where the request asks for pooling
     timings: Timings = field(default_factory=Timings)
     prefix_hit_tokens: int = 0
+    unexported_tokens: int | None = None
     kv: Any = None  # a PrefixHint after kv_lookup, the Lease from schedule to the end of decode
     error: str | None = None
 
@@ -219,21 +220,25 @@ class TokenDelta:
 @dataclass(slots=True)
 class RequestMetrics:
     """Measured, in milliseconds. `queue_ms`, `ttft_ms` and `e2e_ms` begin with the request's arrival, so the first is
-    part of the others; `tpot_ms` is the mean over output tokens after the first, 0 with fewer than two."""
+    part of the others; `tpot_ms` is the mean over output tokens after the first, 0 with fewer than two.
+    `unexported_tokens`, where the prompt's KV was to go to files, are those of its whole blocks that did not."""
 
     queue_ms: float = 0.0
     ttft_ms: float = 0.0
     tpot_ms: float = 0.0
     e2e_ms: float = 0.0
     prefix_hit_tokens: int = 0
+    unexported_tokens: int | None = None
 
     def to_dict(self) -> dict[str, float | int]:
+        exported = {} if self.unexported_tokens is None else {"unexported_tokens": self.unexported_tokens}
         return {
             "queue_ms": round(self.queue_ms, 3),
             "ttft_ms": round(self.ttft_ms, 3),
             "tpot_ms": round(self.tpot_ms, 3),
             "e2e_ms": round(self.e2e_ms, 3),
             "prefix_hit_tokens": self.prefix_hit_tokens,
+            **exported,
         }
 
 

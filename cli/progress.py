@@ -32,8 +32,8 @@ class Reporter(Protocol):
         """Show progress until cancelled."""
         ...
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
-        """Show the end; `skipped` lines of the input stood in the output before the run."""
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], notes: list[str]) -> None:
+        """Show the end, and after the counts `notes`."""
         ...
 
 
@@ -52,7 +52,7 @@ class _Quiet:
     async def follow(self, flow: Flow) -> None:
         await anyio.sleep_forever()
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], notes: list[str]) -> None:
         """Quiet."""
 
 
@@ -112,8 +112,8 @@ class _Plain:
             await anyio.sleep(_PLAIN_INTERVAL_S)
             print(_describe(flow), file=sys.stderr, flush=True)
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
-        _print_summary(report, summaries, skipped)
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], notes: list[str]) -> None:
+        _print_summary(report, summaries, notes)
 
 
 class _Live:
@@ -137,11 +137,11 @@ class _Live:
                 progress.update(task, description=_describe(flow), completed=finished, total=total)
                 await anyio.sleep(_LIVE_INTERVAL_S)
 
-    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
-        _print_summary(report, summaries, skipped)
+    def summarize(self, report: FlowReport, summaries: list[MetricsSummary], notes: list[str]) -> None:
+        _print_summary(report, summaries, notes)
 
 
-def _print_summary(report: FlowReport, summaries: list[MetricsSummary], skipped: int) -> None:
+def _print_summary(report: FlowReport, summaries: list[MetricsSummary], notes: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -170,6 +170,6 @@ def _print_summary(report: FlowReport, summaries: list[MetricsSummary], skipped:
             highlight=False,
         )
     outcomes = [f"{name} {counts[name]}" for name in ("done", "error", "cancelled", "shed") if counts[name]]
-    outcomes += [f"{skipped} lines stood in the output already"] * (skipped > 0)
+    outcomes += notes
     outcomes += [f"stopped early: {report.drained}"] * (report.drained is not None)
     console.print("  ".join(outcomes) or "no requests", highlight=False)

@@ -12,11 +12,13 @@ from ..errors import ConfigError, FlowError
 from .common import pipeline_arguments, read_pipeline
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import anyio
 
     from ..graph import Pipeline
+    from ..operators.sources.jsonl_source import JsonlSource
     from ..runtime.flow.flow import Flow
     from ..runtime.services import EngineServices
     from .progress import Reporter
@@ -85,7 +87,7 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> bool:
             try:
                 async with flow.claimed():
                     if needed and not await _load(pipeline, services, flow, reporter):
-                        reporter.summarize(flow.report(), [], 0)
+                        reporter.summarize(flow.report(), [], [])
                         return False
                     collect_rarely()
                     async with services.running(needed):
@@ -95,7 +97,7 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> bool:
                 tasks.cancel_scope.cancel()
     summaries = [operator.summary() for operator in flow.operators.values() if isinstance(operator, Metrics)]
     sources = [operator for operator in flow.operators.values() if isinstance(operator, JsonlSource)]
-    reporter.summarize(report, summaries, sum(source.skipped_lines for source in sources))
+    reporter.summarize(report, summaries, [*_notes(sources, services)])
     lost = {name: stats["lost"] for name, stats in report.operators.items() if stats["lost"]}
     if lost:
         told = ", ".join(f"{name!r} {count}" for name, count in lost.items())
@@ -103,6 +105,14 @@ async def _run(pipeline: Pipeline, reporter: Reporter) -> bool:
     if summaries:
         check_gates(pipeline.engine.benchmark, summaries[0])
     return True
+
+
+def _notes(sources: list[JsonlSource], services: EngineServices) -> Iterator[str]:
+    if skipped := sum(source.skipped_lines for source in sources):
+        yield f"{skipped} lines stood in the output already"
+    tiers = services.tier_stats()
+    if tiers is not None and tiers.unexported_blocks:
+        yield f"{tiers.unexported_blocks} KV blocks not exported"
 
 
 async def _load(pipeline: Pipeline, services: EngineServices, flow: Flow, reporter: Reporter) -> bool:

@@ -209,7 +209,7 @@ def _earliest_stop(choice: Choice, sequence: Sequence, matched: str, tokenizer: 
 def measure(sequence: Sequence) -> RequestMetrics:
     """A finished sequence's times in milliseconds; TPOT is over the longest choice."""
     timings, arrival = sequence.timings, sequence.request.arrival
-    metrics = RequestMetrics(prefix_hit_tokens=sequence.prefix_hit_tokens)
+    metrics = RequestMetrics(prefix_hit_tokens=sequence.prefix_hit_tokens, unexported_tokens=sequence.unexported_tokens)
     if timings.scheduled is not None:
         metrics.queue_ms = (timings.scheduled - arrival) * 1000
     if timings.first_token is not None:

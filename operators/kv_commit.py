@@ -27,7 +27,7 @@ class KVCommit(Operator[KVCommitConfig]):
 
     A prompt that a request pins stays there; one that it unpins may be evicted again. The output's KV follows when the
     sequence ends, before its blocks go back to the pool. With engine.inference_mode PREFILL_ONLY and files below the
-    pool, a prompt goes on when all of its whole blocks are in files.
+    pool, a prompt goes on when all of its whole blocks are in files; its record tells of how many tokens they are not.
 
     Guarantee: one record out for each record in, in order.
     """
@@ -73,7 +73,8 @@ class KVCommit(Operator[KVCommitConfig]):
             missing = await engine.run_io(lambda: [tiers.export(*run) for run in runs])
         finally:
             engine.kv.release(held)
-        if engine.config.scheduler.on_transfer_failure == "fail":
-            for sequence, count in zip(computed, missing, strict=True):
-                if count:
-                    sequence.error = f"{count} KV blocks of the prompt could not be exported to kv_cache.nvme_path"
+        size, fails = engine.config.kv_cache.block_size, engine.config.scheduler.on_transfer_failure == "fail"
+        for sequence, count in zip(computed, missing, strict=True):
+            sequence.unexported_tokens = count * size
+            if count and fails:
+                sequence.error = f"{count} KV blocks of the prompt could not be exported to kv_cache.nvme_path"

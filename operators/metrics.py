@@ -233,6 +233,11 @@ def _tier_figures(tiers: TierStats) -> dict[str, tuple[str, str, dict[str, int]]
             "counter",
             {"": tiers.lost_blocks},
         ),
+        "kv_tier_unexported_blocks_total": (
+            "Blocks of prompts whose KV was to be exported and is not in files.",
+            "counter",
+            {"": tiers.unexported_blocks},
+        ),
         "kv_tier_blocks": ("Blocks in a tier now.", "gauge", {ddr: tiers.ddr_blocks, nvme: tiers.nvme_blocks}),
     }
 

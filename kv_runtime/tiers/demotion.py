@@ -66,6 +66,8 @@ class Demotion:
                 if known or written:
                     self._host.mark_saved(block)
                 self._host.unpin(block)
+            if not known and not written:
+                return  # nor is there room for the next one
             if written:
                 self._counters.bytes_to_files += self._io.block_bytes
                 self.on_written(block.key.digest)

@@ -24,9 +24,15 @@ def export_blocks(
 ) -> int:
     """Write the named blocks of the pool, which their caller owns, to files; return how many are not there then.
 
-    A block that is there already, by whomever, is not written again.
+    A block that is there already, by whomever, is not written again. None of them makes room for what is written later;
+    where there is no room left, what comes is missing.
     """
-    wanted = [(key, block) for key, block in zip(keys, blocks.tolist(), strict=True) if not files.discover(key)]
+    wanted = []
+    for key, block in zip(keys, blocks.tolist(), strict=True):
+        if files.discover(key):
+            files.keep(key)
+        else:
+            wanted.append((key, block))
     buffer, missing = io.allocate(min(_BATCH, len(wanted))), len(wanted)
     try:
         for begin in range(0, len(wanted), _BATCH):
@@ -35,8 +41,13 @@ def export_blocks(
             io.synchronize()
             for row, (key, _) in enumerate(batch):
                 if files.write(key, buffer[row]):
+                    files.keep(key)
                     missing -= 1
                     counters.bytes_to_files += io.block_bytes
     except Exception:
         log.exception("KV could not be exported")
+    else:
+        if missing and not counters.unexported_blocks and files.is_writable:
+            log.warning("kv_cache.nvme_tokens: there is no room left to export KV: write more, or delete what is there")
+    counters.unexported_blocks += missing
     return missing

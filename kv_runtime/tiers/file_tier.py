@@ -10,7 +10,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from ...errors import KVCacheError
+from ...errors import ConfigError, KVCacheError
 from ..block_hash import HASH_BYTES
 from .block_file import file_size, read_block, write_block
 
@@ -31,11 +31,17 @@ class FileTier:
     """At most `capacity` blocks below `path/<fingerprint>/`, the least recently used ones deleted first. Thread-safe.
 
     The folder is the index: what lies there under a block's name and has its length is taken for that block until it
-    is read, which verifies it. A folder that cannot be written is read only, told by one warning.
-    Those in `on_deleted` hear of each block that is given up.
+    is read, which verifies it. A folder that can no longer be written is read only, told by one warning.
+    What is kept is given up for nothing: where that fills the capacity there is no room, until somebody deletes the
+    files that were kept first. Those in `on_deleted` hear of each block that is given up.
     """
 
     def __init__(self, path: Path, fingerprint: bytes, capacity: int, block_size: int, block_bytes: int) -> None:
+        """Make the folder, if it is not there.
+
+        Raises:
+            ConfigError: that cannot be done.
+        """
         self.capacity = capacity
         self.is_writable = True
         self.on_deleted: list[Callable[[bytes], None]] = []
@@ -44,14 +50,15 @@ class FileTier:
         self._file_size = file_size(block_size, block_bytes)
         self._lock = Lock()
         self._index: OrderedDict[bytes, None] = OrderedDict()  # the coldest first
+        self._kept: dict[bytes, None] = {}  # not in the index
         self._folders: set[str] = set()
         self._index.update(dict.fromkeys(self._open()))
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._index) + len(self._kept)
 
     def __contains__(self, key: BlockKey) -> bool:
-        return key.digest in self._index
+        return key.digest in self._index or key.digest in self._kept
 
     def _tell_deleted(self, digest: bytes) -> None:
         for tell in self.on_deleted:
@@ -61,7 +68,8 @@ class FileTier:
         """Whether the block is here, whatever another process has put here or deleted meanwhile. Looks at the disk."""
         if self._is_there(key.digest):
             with self._lock:
-                self._index.setdefault(key.digest)
+                if key.digest not in self._kept:
+                    self._index.setdefault(key.digest)
             return True
         self._forget(key.digest)
         return False
@@ -84,9 +92,28 @@ class FileTier:
             if key.digest in self._index:
                 self._index.move_to_end(key.digest)
 
+    def keep(self, key: BlockKey) -> None:
+        """Give up this block, which is here, for no other one."""
+        with self._lock:
+            self._index.pop(key.digest, None)
+            self._kept[key.digest] = None
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether not everything here is kept; forgets what was kept first, and was deleted by somebody."""
+        while True:
+            with self._lock:
+                if len(self._kept) < self.capacity:
+                    return True
+                first = next(iter(self._kept))
+            if self._is_there(first):
+                return False
+            self._forget(first)
+
     def write(self, key: BlockKey, data: Bytes) -> bool:
-        """Store a block [block_bytes], in the place of the coldest one if there is no room; False if that failed."""
-        if not self.is_writable:
+        """Store a block [block_bytes], in the place of the coldest one if need be; False if that failed, or everything
+        here is kept."""
+        if not self.is_writable or not self._has_room:
             return False
         try:
             self._store(key, data)
@@ -95,16 +122,17 @@ class FileTier:
             self._stop_writing(error)
             return False
         with self._lock:
-            self._index[key.digest] = None
-            self._index.move_to_end(key.digest)
+            if key.digest not in self._kept:
+                self._index[key.digest] = None
+                self._index.move_to_end(key.digest)
         self.shrink(self.capacity)
         return True
 
     def shrink(self, count: int) -> None:
-        """Delete the coldest blocks until `count` are left."""
+        """Delete the coldest blocks, of those that are not kept, until `count` are left."""
         while True:
             with self._lock:
-                if len(self._index) <= count:
+                if len(self) <= count or not self._index:
                     return
                 digest, _ = self._index.popitem(last=False)
             self._tell_deleted(digest)
@@ -117,7 +145,9 @@ class FileTier:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            self._stop_writing(error)
+            raise ConfigError(
+                f"kv_cache.nvme_path: the folder {self._folder} cannot be made: {error.strerror}; write another path"
+            ) from error
         return self._scan()
 
     def _is_there(self, digest: bytes) -> bool:
@@ -150,8 +180,10 @@ class FileTier:
 
     def _forget(self, digest: bytes) -> None:
         with self._lock:
-            known = self._index.pop(digest, self)
-        if known is None:
+            known = digest in self._index or digest in self._kept
+            self._index.pop(digest, None)
+            self._kept.pop(digest, None)
+        if known:
             self._tell_deleted(digest)
 
     def _stop_writing(self, error: OSError) -> None:

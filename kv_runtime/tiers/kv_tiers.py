@@ -231,6 +231,7 @@ class KVTiers:
                 fetches=counters.fetches,
                 fetch_failures=counters.fetch_failures,
                 lost_blocks=counters.lost_blocks + self._host.lost_blocks,
+                unexported_blocks=counters.unexported_blocks,
                 ddr_blocks=len(self._host),
                 ddr_capacity=self._host.capacity,
                 nvme_blocks=0 if files is None else len(files),

@@ -18,6 +18,7 @@ class TierCounters:
     fetches: int = 0
     fetch_failures: int = 0  # blocks that were there and could not be brought up
     lost_blocks: int = 0  # given up by the tree and kept nowhere
+    unexported_blocks: int = 0  # of prompts that were exported: not in files
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class TierStats:
     fetches: int
     fetch_failures: int
     lost_blocks: int
+    unexported_blocks: int
     ddr_blocks: int
     ddr_capacity: int
     nvme_blocks: int

@@ -45,6 +45,15 @@ def test_a_second_run_says_that_all_is_there_and_shows_no_figures_of_nothing(fol
     assert "TTFT ms" not in result.stderr
 
 
+def test_kv_that_was_not_exported_is_told(folder: Path) -> None:
+    engine = "kv_cache: {block_size: 4, enable_tiering: true, nvme_tokens: 8, nvme_path: kv}, "
+    pipeline = PIPELINE.replace("engine: {", "engine: {inference_mode: prefill_only, " + engine)
+    pipeline = pipeline.replace("  decode:", "  kv_commit: {}\n  decode:")
+    (folder / "p.yaml").write_text(pipeline.replace("-> decode", "-> kv_commit -> decode"))
+    (folder / "in.jsonl").write_text('{"prompt_tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]}\n')
+    assert run().stderr.splitlines()[-1] == "done 1  1 KV blocks not exported"
+
+
 def test_a_missing_input_is_told_before_the_model_is_loaded(folder: Path) -> None:
     (folder / "in.jsonl").unlink()
     result = run()

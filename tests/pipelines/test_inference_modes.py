@@ -87,10 +87,10 @@ ENGINE = {"kv_cache": {"max_tokens": 256, "block_size": 4, "enable_tiering": Tru
 
 @pytest.fixture
 def run_null(make_run, tmp_path):
-    def run(mode, on_failure="recompute", requests=None):
+    def run(mode, on_failure="recompute", requests=None, **kv_cache):
         engine = {
             **ENGINE,
-            "kv_cache": {**ENGINE["kv_cache"], "nvme_path": str(tmp_path / "kv")},
+            "kv_cache": {**ENGINE["kv_cache"], "nvme_path": str(tmp_path / "kv"), **kv_cache},
             "inference_mode": mode,
             "scheduler": {"on_transfer_failure": on_failure},
         }
@@ -133,6 +133,25 @@ def test_embeddings_in_both_modes(run_null):
         assert (len(embedded), run.counts.get("done", 0)) == (done, done)
         if requests is last:
             assert {completion.metrics.prefix_hit_tokens for completion in embedded} == {8}
+
+
+def test_what_finds_no_room_is_told_by_its_record_and_the_others_are_there(run_null, tmp_path, caplog):
+    """Two whole blocks of each of four prompts, and room for five."""
+    run = run_null("prefill_only", nvme_tokens=20)
+    assert run.counts == {"accepted": 4, "done": 4}
+    told = {name: end.metrics.to_dict()["unexported_tokens"] for name, end in run.completions.items()}
+    assert sorted(told.values()) == [0, 0, 4, 8]
+    assert caplog.text.count("there is no room left to export KV: write more") == 1
+    found = run_null("decode_only", nvme_tokens=20).completions
+    for name, missing in told.items():
+        assert found[name].metrics.prefix_hit_tokens == 8 - missing
+        assert "unexported_tokens" not in found[name].metrics.to_dict()
+
+
+def test_what_finds_no_room_fails_where_that_is_asked_for(run_null):
+    run = run_null("prefill_only", "fail", nvme_tokens=20)
+    assert run.counts == {"accepted": 4, "done": 2, "error": 2}
+    assert sorted(letter.error.split()[0] for letter in run.letters.values()) == ["1", "2"]
 
 
 def test_nothing_is_given_out_that_was_not_written(run_null, monkeypatch):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from sageLLM.errors import KVCacheError
+from sageLLM.errors import ConfigError, KVCacheError
 from sageLLM.kv_runtime.cache import Commit
 from sageLLM.kv_runtime.tiers import FileTier, Watermarks, block_file
 from sageLLM.kv_runtime.tiers.block_key import prefix_keys
@@ -176,13 +176,39 @@ def test_a_short_write_is_a_full_disk(tier, keys, monkeypatch):
     assert not tier().write(keys[0], data(1))
 
 
-def test_a_folder_that_cannot_be_made(keys, tmp_path, caplog):
+def test_a_folder_that_cannot_be_made_is_a_wrong_configuration(tmp_path):
     (tmp_path / "file").write_text("")
-    first = FileTier(tmp_path / "file" / "kv", PRINT, 10, 4, 32)
-    assert not first.is_writable
-    assert not first.write(keys[0], data(1))
-    assert not first.discover(keys[0])
-    assert caplog.text.count("no more KV is written") == 1
+    with pytest.raises(ConfigError, match=r"^kv_cache.nvme_path: the folder .*/file/kv/.* cannot be made: Not a dir"):
+        FileTier(tmp_path / "file" / "kv", PRINT, 10, 4, 32)
+
+
+def test_what_is_kept_makes_no_room(tier, keys):
+    files = tier(capacity=3)
+    for number, key in enumerate(keys[:3]):
+        assert files.write(key, data(number))
+    files.keep(keys[0])
+    files.keep(keys[2])
+    assert files.write(keys[3], data(3)), "in the place of the one that is not kept"
+    assert [key in files for key in keys[:4]] == [True, False, True, True]
+    files.keep(keys[3])
+    assert not files.write(keys[4], data(4))
+    files.shrink(0)
+    assert len(files) == 3
+    assert (read(files, keys[0]) == 0).all()
+    assert files.discover(keys[2]) and len(files) == 3
+
+
+def test_who_deletes_the_first_file_that_was_kept_makes_room(tier, keys, tmp_path):
+    files, deleted = tier(capacity=2), []
+    files.on_deleted.append(deleted.append)
+    for number, key in enumerate(keys[:2]):
+        assert files.write(key, data(number))
+        files.keep(key)
+    assert not files.write(keys[2], data(2))
+    next(path for path in files_of(tmp_path) if path.stem == keys[0].digest.hex()).unlink()
+    assert files.write(keys[2], data(2))
+    assert deleted == [keys[0].digest]
+    assert keys[0] not in files and keys[1] in files
 
 
 def test_what_a_dead_process_left_half_written_is_removed_in_time(tier, keys, tmp_path):
