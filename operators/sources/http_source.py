@@ -61,7 +61,7 @@ edges:
             ConfigError: the address cannot be had, the keys or the certificate cannot be read, or the event loop is
                 trio's.
         """
-        from .openai.app import App
+        from .openai.app import App, allow_origins
         from .openai.connection import Limits
         from .openai.server import HTTPServer
         from .openai.service import Service
@@ -76,7 +76,7 @@ edges:
         port = self.context.kept.get("port", config.port)  # a restarted source is found where it was
         sockets = await bind_tcp(name, config.model_copy(update={"port": port}))
         self.context.kept["port"] = sockets[0].getsockname()[1]
-        self.server = HTTPServer(App(self.service), limits, tls)
+        self.server = HTTPServer(allow_origins(App(self.service), config.cors_origins), limits, tls)
         await self.server.start(sockets)
         scheme = "http" if tls is None else "https"
         self.address = tell_address(name, scheme, config, sockets, keys.is_required, tls is not None)

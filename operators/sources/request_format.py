@@ -28,7 +28,7 @@ from .tool_fields import TOOL_BRANCHES, CalledTool, ToolFields, form_of_tools, t
 if TYPE_CHECKING:
     from ...records import SourcePosition
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True)
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
@@ -39,7 +39,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class TextPart(TypedDict):
     type: Literal["text"]
     text: str
@@ -93,7 +93,7 @@ class RequestFields(SamplingFields, ToolFields, total=False):
     stream: bool | None
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class RequestLine(RequestFields, total=False):
     """A line of our own."""
 
@@ -104,7 +104,7 @@ class RequestLine(RequestFields, total=False):
     pooling: Literal["mean", "last"] | None
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class BatchBody(RequestFields, OpenAIFields, total=False):
     """The `body` of a batch line: the request of OpenAI's chat or text completions."""
 
@@ -114,7 +114,7 @@ class BatchBody(RequestFields, OpenAIFields, total=False):
     stream_options: Null
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class StreamOptions(TypedDict, total=False):
     """`include_obfuscation` asks for padding that hides lengths; chunks have none, so only false is taken."""
 
@@ -122,7 +122,7 @@ class StreamOptions(TypedDict, total=False):
     include_obfuscation: Off
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class ChatBody(RequestFields, OpenAIFields, total=False):
     """The body of POST /v1/chat/completions."""
 
@@ -131,7 +131,7 @@ class ChatBody(RequestFields, OpenAIFields, total=False):
     stream_options: StreamOptions | None
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class CompletionBody(RequestFields, OpenAIFields, total=False):
     """The body of POST /v1/completions. A list of prompts gives `n` choices for each of them, in order."""
 
@@ -140,7 +140,7 @@ class CompletionBody(RequestFields, OpenAIFields, total=False):
     stream_options: StreamOptions | None
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 class BatchLine(TypedDict, total=False):
     custom_id: Required[Text]
     method: Literal["POST"]
@@ -265,7 +265,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     return Request(
         request_id,
         prompt,
-        None if messages is None else [_plain_message(message, index) for index, message in enumerate(messages)],
+        None if messages is None else plain_messages(messages),
         tokens,
         params,
         stream=bool(data.get("stream")),
@@ -305,6 +305,15 @@ def _one_of(data: dict[str, Any], *names: str) -> Any:
     if len(given) > 1:
         raise RequestError(f"found {' and '.join(given)}: they mean the same, write one")
     return data[given[0]] if given else None
+
+
+def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checked messages, as chat templates expect them.
+
+    Raises:
+        RequestError: a message has no content.
+    """
+    return [_plain_message(message, index) for index, message in enumerate(messages)]
 
 
 def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:

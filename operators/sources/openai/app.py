@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("sageLLM.http")
 
 
+def allow_origins(app: App, origins: list[str]) -> Any:
+    """The application as browsers may call it from pages of these origins; from none, the application itself."""
+    if not origins:
+        return app
+    from starlette.middleware.cors import CORSMiddleware
+
+    exposed = ["x-request-id", "x-queue-depth", "retry-after"]
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=exposed
+    )
+
+
 class App:
     """One server's application."""
 

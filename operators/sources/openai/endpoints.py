@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import chat_completions, completions, health, models
+from . import chat_completions, completions, health, models, tokens
 
 if TYPE_CHECKING:
     from .endpoint import Endpoint
@@ -14,6 +14,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     completions.ENDPOINT,
     models.LIST,
     models.SHOW,
+    tokens.TOKENIZE,
+    tokens.DETOKENIZE,
     health.HEALTH,
     health.READY,
 )

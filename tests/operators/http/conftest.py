@@ -30,6 +30,7 @@ class Server:
         self.flow = assemble(self.pipeline, self.services)
         self.ended: Future[None] = Future()
         self.loaded = threading.Event()  # unset: the model is still loading
+        self.is_to_fail = False
         self._running: Future[None] = Future()
         self._thread = threading.Thread(target=self._main, daemon=True)
 
@@ -94,7 +95,10 @@ class Server:
         """Drain, and check that nothing is left of any request."""
         if not self.ended.done():
             self.drain()
-        self.ended.result(30)
+        if self.is_to_fail:
+            assert self.ended.exception(30) is not None
+        else:
+            self.ended.result(30)
         self._thread.join(30)
         counters = self.flow.ledger.counters()
         assert counters["in_flight"] == 0
