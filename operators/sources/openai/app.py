@@ -12,6 +12,8 @@ from .errors import HTTPError, bad_request
 from .replies import ClientGoneError
 
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
     from .endpoint import Endpoint
     from .service import Service
 
@@ -42,7 +44,7 @@ class App:
             table = self._prefixes if name else self._paths
             table.setdefault(stem, {})[endpoint.method] = endpoint
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         call = Call(self._service, scope, receive, send)
         try:
             try:

@@ -10,7 +10,7 @@ import anyio
 from .errors import HTTPError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, MutableMapping
 
     from ..net.keys import Key
     from .connection import Connection
@@ -25,7 +25,7 @@ STREAM_HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cac
 class Call:
     """`request_id` is what the header X-Request-Id says, or a new one; every answer carries it."""
 
-    def __init__(self, service: Service, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    def __init__(self, service: Service, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         self.service = service
         self.path: str = scope["path"]
         self.method: str = scope["method"]
@@ -102,7 +102,7 @@ class Call:
         return b"".join(parts)
 
     def _too_large(self, limit: int) -> HTTPError:
-        return HTTPError(413, f"the body has more than {limit} bytes", "body_too_large", headers=[_CLOSE])
+        return HTTPError(413, f"the body has more than {limit} bytes", "body_too_large")
 
     # -- the answer --------------------------------------------------------------------------------------------------
 

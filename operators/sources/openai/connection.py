@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 log = logging.getLogger("sageLLM.http")
+_uvicorn_log = logging.getLogger("sageLLM.http.uvicorn")
+_uvicorn_log.setLevel(logging.ERROR)  # it warns of each connection that says garbage
 
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 MAX_HEAD_BYTES = 64 * 1024
 _READ_AT_ONCE = 256 * 1024  # by the event loop: what comes with a head may be a body
 
@@ -43,7 +47,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.logger = log
+        self.logger = _uvicorn_log
         self._on_lost: Callable[[], None] | None = None
         self._read_timer: Any = None
         self._head_bytes = 0
@@ -65,6 +69,7 @@ class Connection(HttpToolsProtocol):
     def cut(self, reason: str) -> None:
         """Close it at once; what has been written and not read is lost."""
         log.info("connection of %s cut: %s", self.client, reason)
+        self.cycle.disconnected = True
         self.transport.abort()
 
     # -- asyncio's protocol ------------------------------------------------------------------------------------------
@@ -85,6 +90,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._in_body:
+            data = _without_upgrade(data)
             if self._read_timer is None:
                 self._await_head()
             self._head_bytes += len(data)
@@ -92,8 +98,6 @@ class Connection(HttpToolsProtocol):
                 self._refuse(HTTPError(431, f"the headers have more than {MAX_HEAD_BYTES} bytes", "headers_too_large"))
                 return
         super().data_received(data)
-        if self._in_body and self._read_timer is None and self.cycle.response_complete:
-            self._await_head()  # the rest of a body that nobody has asked for
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -110,11 +114,13 @@ class Connection(HttpToolsProtocol):
         self._in_body = False
         super().on_message_complete()
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """It goes on as HTTP/1.1."""
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_body and not self.transport.is_closing():
+            self._await_head()  # the rest of a body that nobody has asked for
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(HTTPError(400, "this is no HTTP/1.1 request", "invalid_http"))
+        self._refuse(HTTPError(400, "what came is not HTTP", "invalid_http"))
 
     # -- heads -------------------------------------------------------------------------------------------------------
 
@@ -140,3 +146,12 @@ class Connection(HttpToolsProtocol):
                 % (error.status, HTTPStatus(error.status).phrase.encode(), len(error.body), error.body)
             )
         self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A head that asks for another protocol, as Java's client does for HTTP/2, without that: the parser would take the
+    body for the other protocol's."""
+    if b"pgrade" not in data:
+        return data
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"", head) + end + rest

@@ -1,9 +1,11 @@
-"""http_source under load, at its beginning and its end: who is refused, with which status, and who still gets answers."""
+"""http_source under load, at its beginning and its end: who is refused, with which status, and who gets answers."""
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 
 import pytest
 
@@ -21,9 +23,6 @@ class Streaming:
     """A stream that has begun: its connection, and the response to read from."""
 
     def __init__(self, server, **body):
-        from http.client import HTTPConnection
-        import json
-
         self.connection = HTTPConnection("127.0.0.1", server.port, timeout=20)
         body = json.dumps({**ENDLESS, **body, "stream": True})
         self.connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
@@ -131,7 +130,8 @@ def test_a_second_server_on_the_port_is_one_clear_error(serve, null_server):
 
 def test_keys_are_asked_for_where_there_are_any(serve, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "keys.yaml").write_text("- {name: alice, key: s3cret}\n- {name: bob, key: other, requests_per_minute: 1}")
+    keys = "- {name: alice, key: s3cret}\n- {name: bob, key: other, requests_per_minute: 1}"
+    (tmp_path / "keys.yaml").write_text(keys)
     with serve("operators.source.keys=keys.yaml") as server:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic s3cret"}):
             status, answered, body = server.exchange("POST", "/v1/completions", PROMPT, **headers)
