@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class GenerateRequest:
-    """One call: exactly one of `prompt_tokens`, `prompt` and `messages`. `None` is the model's own default."""
+    """One call: exactly one of `prompt_tokens`, `prompt` and `messages`. `None` is the model's own default.
+
+    What the output must conform to is one of `response_format` (in OpenAI's form), `guided_regex` and `guided_grammar`
+    (Lark, as llguidance reads it), or none of them.
+    """
 
     request_id: str = ""
     prompt_tokens: list[int] | None = None
@@ -70,6 +74,9 @@ class GenerateRequest:
     tools: list[dict[str, Any]] | None = None  # with messages, in OpenAI's form
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
+    response_format: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
 
     def to_record(self, stream: bool = False) -> Request:
         """The record that flows, checked as a line of a file is.
@@ -394,9 +401,9 @@ class SageLLMEngine:
 
 def standard_pipeline(config: SageLLMConfig) -> dict[str, Any]:
     """The pipeline that the engine runs, in the form of a YAML file."""
-    stages = ["call_source", "tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize"]
-    stages += ["metrics"] * config.benchmark.enable_metrics + ["reply_sink"]
-    failing = ("tokenize", "schedule", "prefill", "decode", "detokenize")
+    stages = ["call_source", "tokenize", "guide", "kv_lookup", "schedule", "prefill", "kv_commit", "decode"]
+    stages += ["detokenize", *["metrics"] * config.benchmark.enable_metrics, "reply_sink"]
+    failing = ("tokenize", "guide", "schedule", "prefill", "decode", "detokenize")
     return {
         "name": "engine",
         "engine": config.to_dict(),

@@ -100,6 +100,23 @@ class ToolChoice:
     parallel: bool = True  # it may call several
 
 
+class GuideKind(StrEnum):
+    """What a guide's source is."""
+
+    JSON_OBJECT = "json_object"  # nothing: any JSON object will do
+    JSON_SCHEMA = "json_schema"  # the schema, as JSON
+    REGEX = "regex"
+    GRAMMAR = "grammar"  # Lark, as llguidance reads it
+
+
+@dataclass(slots=True, frozen=True)
+class Guide:
+    """What every output of a request must conform to; equal guides are compiled once."""
+
+    kind: GuideKind
+    source: str = ""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One request as a source read it: exactly one of `prompt`, `messages`, `prompt_tokens` is set.
@@ -112,6 +129,7 @@ class Request:
     messages: list[dict[str, Any]] | None = None
     prompt_tokens: list[int] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    guide: Guide | None = None
     stream: bool = False  # emit a TokenDelta per step, not only the Completion
     pooling: Pooling | None = None
     tools: list[dict[str, Any]] | None = None  # functions that the model may call, in OpenAI's form
@@ -160,6 +178,7 @@ class Choice:
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_matched: str | int | None = None  # the stop string or token id that ended it
+    conforms: bool = False  # its tokens are all that its guide allows: nothing may follow
     logprobs: list[TokenLogprobs] | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
 
@@ -183,6 +202,7 @@ class Sequence:
     prompt_tokens: NDArray[np.int32]  # [T]
     sampling: SamplingParams  # no `None` left that means "default"
     eos_token_ids: tuple[int, ...] = ()
+    guide: Guide | None = None  # the request's, or its pipeline's, once it has been compiled
     choices: list[Choice] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     embedding: NDArray[np.float32] | None = None  # [hidden], of length 1: where the request asks for pooling

@@ -82,6 +82,11 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return self._rust.get_vocab_size(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        text: str = self._rust.to_str()
+        return text
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text.
 

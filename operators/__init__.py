@@ -5,6 +5,7 @@ from . import (
     decode,
     detokenize,
     filter,
+    guide,
     kv_commit,
     kv_lookup,
     map,
@@ -18,7 +19,7 @@ from . import (
 )
 from .functions import register_function
 from .sinks import jsonl_sink, reply_sink, stdout_sink
-from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source, websocket_source
+from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source
 
 __all__ = [
     "ERROR_PORT",
@@ -31,6 +32,7 @@ __all__ = [
     "decode",
     "detokenize",
     "filter",
+    "guide",
     "http_source",
     "jsonl_sink",
     "jsonl_source",
@@ -51,5 +53,4 @@ __all__ = [
     "tee",
     "tokenize",
     "unix_source",
-    "websocket_source",
 ]

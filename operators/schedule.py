@@ -44,6 +44,15 @@ class ScheduleConfig(OperatorConfig):
         )
 
 
+def _check_guided(sequence: Sequence) -> None:
+    guide = sequence.request.guide
+    if guide is not None and sequence.guide is None:
+        raise RequestError(
+            f"the request asks for an output that conforms to a {guide.kind}, but no `guide` stage has seen it: write "
+            "`tokenize -> guide -> ...` under edges"
+        )
+
+
 @operator("schedule")
 class Schedule(Operator[ScheduleConfig]):
     """Lets a sequence pass when there is a running slot for it and KV blocks for its prompt, in the policy's order.
@@ -90,6 +99,7 @@ class Schedule(Operator[ScheduleConfig]):
             refused = []
             for sequence in records:
                 try:
+                    _check_guided(sequence)
                     check_heeded(sequence.request, policy)
                     if sequence.request.pooling is None:
                         check_sampling(sequence.sampling, vocab_size)

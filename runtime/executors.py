@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
     from ..backends.base import Backend
     from ..config import BackendConfig, SageLLMConfig
     from ..models.decoder import DecoderModel
+    from ..models.guide_compiler import GuideCompiler
     from ..models.resolve import ResolvedModel
     from .worker.executor import Executor
     from .worker.process.remote_executor import RemoteExecutor
     from .worker.torch_executor import AllocateKV
 
 
-def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend | None) -> list[Executor]:
+def make_executors(
+    config: SageLLMConfig, model: ResolvedModel, backend: Backend | None, guides: GuideCompiler
+) -> list[Executor]:
     """Load the model on `backend` and on the other devices that are asked for, and allocate every worker's KV pool.
 
     Without a backend it is the null model.
@@ -41,7 +45,7 @@ def make_executors(config: SageLLMConfig, model: ResolvedModel, backend: Backend
     for device in dict.fromkeys(devices):
         on_device = backends.get(device) or _detect(config.backend, device)
         loaded[device] = (_load(config, model, on_device, devices.count(device)), on_device)
-    return [_make_executor(config, *loaded[device]) for device in devices]
+    return [_make_executor(config, *loaded[device], guides) for device in devices]
 
 
 def start_processes(config: SageLLMConfig, model: ResolvedModel) -> list[RemoteExecutor]:
@@ -75,7 +79,9 @@ def make_lone_executor(
         ModelError: the model cannot be found, read or built.
         ConfigError: as `make_executors`.
     """
+    from ..models.guide_compiler import GuideCompiler
     from ..models.resolve import resolve_model
+    from ..models.tokenizer import load_tokenizer
 
     model, devices = resolve_model(config.model), config.backend.device_ids
     if model.weights == "null":
@@ -83,7 +89,8 @@ def make_lone_executor(
         check_kv_pool(config.kv_cache, 0, memory_bytes()[0])
         return _make_null(config), "null"
     backend = _detect(config.backend, devices[worker if len(devices) > 1 else 0])
-    return _make_executor(config, _load(config, model, backend, 1), backend, allocate_kv), backend.name
+    guides = GuideCompiler(model, partial(load_tokenizer, model))
+    return _make_executor(config, _load(config, model, backend, 1), backend, guides, allocate_kv), backend.name
 
 
 def _make_null(config: SageLLMConfig) -> Executor:
@@ -109,7 +116,11 @@ def _load(config: SageLLMConfig, resolved: ResolvedModel, backend: Backend, num_
 
 
 def _make_executor(
-    config: SageLLMConfig, model: DecoderModel, backend: Backend, allocate_kv: AllocateKV | None = None
+    config: SageLLMConfig,
+    model: DecoderModel,
+    backend: Backend,
+    guides: GuideCompiler,
+    allocate_kv: AllocateKV | None = None,
 ) -> Executor:
     from .worker.torch_executor import TorchExecutor
 
@@ -125,6 +136,7 @@ def _make_executor(
         scheduler.transfer_timeout_s,
         kv.granularity,
         allocate_kv,
+        guides,
     )
 
 

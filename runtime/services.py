@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..graph.pipeline import Pipeline
     from ..kv_runtime.block_times import BlockTimes
     from ..kv_runtime.tiers import FetchCost, KVTiers, TierStats
+    from ..models.guide_compiler import GuideCompiler
     from ..models.resolve import ResolvedModel
     from ..models.tokenizer import TextTokenizer
     from ..records import Request, Sequence
@@ -69,6 +70,12 @@ class EngineServices:
         from ..models.tokenizer import load_tokenizer
 
         return load_tokenizer(self.model)
+
+    @cached_property
+    def guides(self) -> GuideCompiler:
+        from ..models.guide_compiler import GuideCompiler
+
+        return GuideCompiler(self.model, lambda: self.tokenizer)
 
     @cached_property
     def kv_caches(self) -> list[KVCache]:
@@ -149,7 +156,7 @@ class EngineServices:
         """One for each worker."""
         if self.has_processes:
             return [*self._processes]
-        return make_executors(self.config, self.model, None if self.is_null else self.backend)
+        return make_executors(self.config, self.model, None if self.is_null else self.backend, self.guides)
 
     @cached_property
     def tiers(self) -> list[KVTiers]:

@@ -21,7 +21,6 @@ def _only(*values: Any) -> AfterValidator:
 
 Null = Annotated[Any, _only()]
 EmptyList = Annotated[Any, _only([])]
-PlainText = Annotated[Any, _only({"type": "text"})]
 TextOnly = Annotated[Any, _only(["text"])]
 NoChoice = Annotated[Any, _only("none", "auto")]
 UsualTier = Annotated[Any, _only("auto", "default")]
@@ -39,7 +38,6 @@ class OpenAIFields(TypedDict, total=False):
     metadata: dict[str, str] | None
     store: bool | None
     service_tier: UsualTier
-    response_format: PlainText
     modalities: TextOnly
     functions: EmptyList
     function_call: NoChoice

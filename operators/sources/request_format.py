@@ -6,8 +6,9 @@
     {"custom_id": "q1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 8}}
 
 A field that is null counts as absent. `max_tokens` and `max_completion_tokens` mean `max_new_tokens`, `id` means
-`request_id`. With `pooling` the answer is the prompt's embedding, and what shapes an output is refused. In a batch line
-the fields of openai_fields.py are accepted where they change nothing.
+`request_id`. What an output must conform to is said as in guide_fields.py. With `pooling` the answer is the prompt's
+embedding, and what shapes an output is refused. In a batch line the fields of openai_fields.py are accepted where they
+change nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing_extensions import TypedDict
 
 from ...errors import RequestError
 from ...records import Pooling, Request, SamplingParams
+from .guide_fields import GuideFields, JSONSchema, ResponseFormat, guide_from_fields
 from .openai_fields import Null, Off, OpenAIFields
 from .tool_fields import TOOL_BRANCHES, CalledTool, ToolFields, form_of_tools, tools_from_fields
 
@@ -75,10 +77,11 @@ class SamplingFields(TypedDict, total=False):
 
 
 _SAMPLING = frozenset(SamplingFields.__annotations__)
-_OF_OUTPUTS = _SAMPLING | {"max_new_tokens", "max_tokens", "max_completion_tokens", "logprobs", "stream"}
+_GUIDES = frozenset(GuideFields.__annotations__)
+_OF_OUTPUTS = _SAMPLING | _GUIDES | {"max_new_tokens", "max_tokens", "max_completion_tokens", "logprobs", "stream"}
 
 
-class RequestFields(SamplingFields, ToolFields, total=False):
+class RequestFields(SamplingFields, GuideFields, ToolFields, total=False):
     messages: Messages | None
     prompt_tokens: Tokens | None
     max_new_tokens: Count | None
@@ -268,6 +271,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         None if messages is None else plain_messages(messages),
         tokens,
         params,
+        None if _GUIDES.isdisjoint(data) else guide_from_fields(**{name: data.get(name) for name in _GUIDES}),
         stream=bool(data.get("stream")),
         pooling=None if pooling is None else Pooling(pooling),
         tools=tools,
@@ -373,6 +377,8 @@ def _form_at(loc: list[str], form: type[Any]) -> Any:
     """The form that the last field of a place should belong to."""
     if "stream_options" in loc[:-1]:
         return StreamOptions
+    if "response_format" in loc[:-1]:
+        return JSONSchema if "json_schema" in loc[:-1] else ResponseFormat
     if (tool_form := form_of_tools(loc)) is not None:
         return tool_form
     if len(loc) > 2:

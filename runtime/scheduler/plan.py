@@ -88,3 +88,5 @@ class StepResult:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # by chunk index
     pooled: dict[int, NDArray[np.float32]] = field(default_factory=dict)  # by chunk index
     failed_exports: dict[int, str] = field(default_factory=dict)  # by export index: what went wrong
+    conforming: list[int] = field(default_factory=list)  # of R: rows whose guide allows nothing after this token
+    failed_rows: dict[int, str] = field(default_factory=dict)  # of R: rows that cannot go on, and why

@@ -39,9 +39,12 @@ class Collector:
         self._clock = clock
         self._matchers: dict[int, StopStringMatcher] = {}
         self._matched: dict[int, str] = {}
+        self._conforming: set[int] = set()  # slots whose guide allows nothing more
 
-    def watch(self, slot: int, sequence: Sequence) -> None:
-        """Note what must be looked at token by token for a row that enters."""
+    def watch(self, slot: int, sequence: Sequence, conforms: bool = False) -> None:
+        """Note what must be looked at token by token for a row that enters, and whether its guide allows no more."""
+        if conforms:
+            self._conforming.add(slot)
         sampling = sequence.sampling
         if sampling.stop:
             self._matchers[slot] = self._make_stop_matcher(sequence)
@@ -58,6 +61,11 @@ class Collector:
         for index, hidden in result.pooled.items():
             self._pool(plan.chunks[index], hidden, prefilled)
         alive = table.epoch[plan.sample_slots] == plan.sample_epochs
+        for index in result.conforming:
+            row = table.rows[plan.sample_slots[index]]
+            if alive[index] and row is not None:
+                row.choice.conforms = True
+                self._conforming.add(int(plan.sample_slots[index]))
         slots, tokens = plan.sample_slots, result.tokens
         rows: NDArray[np.int64] | None = None
         if not alive.all():
@@ -157,6 +165,8 @@ class Collector:
         stopped = (table.outputs[slots, count - 1][:, None] == table.stop_ids[slots]).any(axis=1)
         if self._matched:
             stopped |= np.isin(slots, list(self._matched))
+        if self._conforming:
+            stopped |= np.isin(slots, list(self._conforming))
         ended = stopped | (count >= table.max_outputs[slots])
         if not ended.any():
             return []
@@ -174,6 +184,7 @@ class Collector:
         for slot in slots:
             self._matched.pop(slot, None)
             self._matchers.pop(slot, None)
+            self._conforming.discard(slot)
 
     def fill_choices(self, endings: list[Ending]) -> None:
         """Write rows' outputs into their choices and their times into their sequences."""
@@ -192,7 +203,8 @@ class Collector:
             self._matchers.pop(slot, None)
             if matched is not None:
                 choice.stop_matched = matched
-            elif count and reason is FinishReason.STOP:
+            elif count and reason is FinishReason.STOP and slot not in self._conforming:
                 choice.stop_matched = tokens[count - 1]
+            self._conforming.discard(slot)
             if count:
                 timings.last_token = max(timings.last_token or 0.0, last_time)

@@ -173,7 +173,7 @@ class DecodeWorker(Worker):
         table.outputs[slot, : len(tokens)] = tokens
         table.outputs_read[slot] = table.launched[slot] = len(tokens)
         table.first_time[slot] = table.last_time[slot] = sequence.timings.first_token
-        self._residents.collector.watch(slot, sequence)
+        self._residents.collector.watch(slot, sequence, row.choice.conforms)
         self._residents.collector.push(slot, row.choice.output_tokens)
         self._executor.admit(slot, sequence, row.choice.index)
         self._executor.readmit(slot, tokens)

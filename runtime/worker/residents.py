@@ -284,6 +284,15 @@ class Residents:
             owner.sequence.error = f"{type(error).__name__}: {error}"
             self.end(owner, FinishReason.ERROR)
 
+    def end_failed(self, plan: StepPlan, errors: dict[int, str]) -> None:
+        """End the sequences of rows of a step, by their index among those sampled, for which it tells an error."""
+        for index, error in errors.items():
+            slot = plan.sample_slots[index]
+            row = self._table.rows[slot]
+            if row is not None and self._table.epoch[slot] == plan.sample_epochs[index]:
+                row.owner.sequence.error = error
+                self.end(row.owner, FinishReason.ERROR)
+
     def abandon(self) -> None:
         """The worker has failed: end everything. Every sequence goes back, also where the books here are wrong."""
         for owner in self:

@@ -1,9 +1,9 @@
 """Choosing the next token of every row of a step, vectorised over the batch, on CPU and CUDA.
 
 The order, as in vLLM: logit_bias; stop tokens forbidden until min_tokens; repetition penalty (prompt and output),
-presence and frequency penalty (output); temperature; min-p; top-k; top-p over what those two left. (transformers
-applies min-p last, which differs only in that its top-p still counts what min-p removes.) Top-k keeps exactly k:
-equal logits go by token id. Logprobs are those of the model, before all of this: see logprobs.py.
+presence and frequency penalty (output); what a guide forbids; temperature; min-p; top-k; top-p over what those two
+left. (transformers applies min-p last, which differs only in that its top-p still counts what min-p removes.) Top-k
+keeps exactly k: equal logits go by token id. Logprobs are those of the model, before all of this: see logprobs.py.
 
 Rows live in slots. What a row needs is written once, at `admit`; a step then reads host arrays to decide which work
 the batch needs, and an all-greedy batch costs one argmax. The steps' random numbers are a function of seed, choice
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...records import SamplingParams
+    from .token_mask import TokenMask
 
+_NEVER = -1e30  # added to a logit; not infinite: a token is chosen nevertheless where a guide forbids all others
 _GREEDY_BELOW = 1e-5  # a smaller temperature would overflow float32 logits
 
 
@@ -127,7 +129,7 @@ class SamplingState:
             needs |= _Need.BIAS
             self._bias.write(slot, params.logit_bias)
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
-        forbidden = {token: -np.inf for token in ends if token < self.vocab_size}
+        forbidden = {token: _NEVER for token in ends if token < self.vocab_size}
         if params.min_tokens > len(output_tokens) and forbidden:
             needs |= _Need.MIN_TOKENS
             self._forbidden.write(slot, forbidden)
@@ -146,15 +148,17 @@ class SamplingState:
         self._needs[slot] = 0
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, slots: NDArray[np.int64], steps: NDArray[np.int64]) -> SampledTokens:
+    def sample(
+        self, logits: Tensor, slots: NDArray[np.int64], steps: NDArray[np.int64], mask: TokenMask | None = None
+    ) -> SampledTokens:
         """Choose one token per row, without waiting for the device.
 
         logits [R, V] float on the device, which may be overwritten; slots and steps [R] are on the host: each row's
-        slot, and the 0-based index of the output token to be chosen.
+        slot, and the 0-based index of the output token to be chosen. Rows that `mask` names choose among its tokens.
         """
         needs = self._needs[slots]
         wanted = int(np.bitwise_or.reduce(needs)) if len(needs) else 0
-        if not wanted:
+        if not wanted and mask is None:
             return SampledTokens(argmax(logits))
         logits = logits.float().contiguous()
         logprobs: Tensor | None = None
@@ -163,6 +167,8 @@ class SamplingState:
             asked = logits if len(logprob_rows) == len(logits) else logits[to_device(logprob_rows, self.device)]
             logprobs = asked.log_softmax(-1)
         self._adjust(logits, needs, slots, steps)
+        if mask is not None:
+            mask.apply(logits)
         tokens = self._choose(logits, needs, slots, steps)
         if wanted & _Need.HISTORY:
             rows = np.flatnonzero(needs & _Need.HISTORY)

@@ -14,6 +14,7 @@ import torch
 from ...backends.base import StepLayout
 from ...config import KVGranularity
 from ..scheduler.plan import StepResult
+from .guided_rows import GuidedRows
 from .kv_sender import KVSender
 from .logprobs import prompt_logprobs, to_records
 from .pooling import StepPooling
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
     from ...backends.base import Backend
     from ...models.decoder import DecoderModel
+    from ...models.guide_compiler import GuideCompiler
     from ...records import Sequence, TokenLogprobs
     from ..scheduler.plan import StepPlan
+    from .guided_rows import GuideOutcome
     from .sampling import SampledTokens
 
     AllocateKV = Callable[[Backend, tuple[int, ...], torch.dtype], Tensor]
@@ -66,9 +69,11 @@ class TorchExecutor:
         transfer_timeout_s: float = 0.0,
         tier_unit: KVGranularity = KVGranularity.BLOCK,
         allocate_kv: AllocateKV | None = None,
+        guides: GuideCompiler | None = None,
     ) -> None:
         """Allocate everything, the pool with `allocate_kv` if that is given. KV is handed over in `handover_unit`s; a
-        step's may take `transfer_timeout_s`, 0 is any time. Tiers copy it in `tier_unit`s."""
+        step's may take `transfer_timeout_s`, 0 is any time. Tiers copy it in `tier_unit`s. Without `guides` no
+        sequence may have one."""
         self.before_step: Callable[[], None] = lambda: None
         self._model = model
         self._backend = backend
@@ -77,6 +82,7 @@ class TorchExecutor:
         allocate = backend.allocate_kv if allocate_kv is None else partial(allocate_kv, backend)
         self._kv = allocate(shape, model.kv_dtype)
         self._sampling = SamplingState(num_slots, model.vocab_size, backend.device)
+        self._guided = None if guides is None else GuidedRows(guides, num_slots)
         self._newest = torch.zeros(num_slots, dtype=torch.int64, device=backend.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-device")
         self._rows: dict[int, tuple[Sequence, int]] = {}
@@ -131,6 +137,8 @@ class TorchExecutor:
     def close(self) -> None:
         """Wait for what was launched and end the threads."""
         self._thread.shutdown()
+        if self._guided is not None:
+            self._guided.close()
         if self._sender is not None:
             self._sender.close()
 
@@ -175,9 +183,13 @@ class TorchExecutor:
             )
         if sample_at is not None:
             logits = logits[sample_at.to(device)]
-        sampled = self._sampling.sample(logits, plan.sample_slots, plan.sample_steps)
+        mask = None if self._guided is None else self._guided.mask(plan.sample_slots)
+        sampled = self._sampling.sample(logits, plan.sample_slots, plan.sample_steps, mask)
         self._newest[torch.from_numpy(plan.sample_slots).to(device)] = sampled.tokens
-        return lambda: _read(sampled, told, pooled)
+        if self._guided is None or mask is None:
+            return lambda: _read(sampled, told, pooled)
+        outcome = self._guided.advance(mask, plan.sample_slots, sampled.tokens)
+        return lambda: _add_outcome(_read(sampled, told, pooled), outcome.result())
 
     def _forward(
         self,
@@ -204,6 +216,8 @@ class TorchExecutor:
             if admit is None:
                 self._to_admit.pop(slot, None)
                 self._sampling.release(slot)
+                if self._guided is not None:
+                    self._guided.release(slot)
             else:
                 self._to_admit[slot] = admit
 
@@ -232,6 +246,11 @@ class TorchExecutor:
         )
         if outputs:
             self._newest[slot] = outputs[-1]
+        if sequence.guide is not None:
+            assert self._guided is not None
+            self._guided.admit(slot, sequence.guide, bool(sequence.eos_token_ids), outputs)
+        elif self._guided is not None:
+            self._guided.release(slot)
 
     def _input_ids(self, plan: StepPlan) -> Tensor:
         device = self._backend.device
@@ -300,6 +319,11 @@ def _read(
 
 def _read_pooled(pooled: dict[int, Tensor]) -> dict[int, NDArray[np.float32]]:
     return {index: total.cpu().numpy() for index, total in pooled.items()}
+
+
+def _add_outcome(result: StepResult, outcome: GuideOutcome) -> StepResult:
+    result.conforming, result.failed_rows = outcome.conforming, outcome.failed
+    return result
 
 
 def _read_prompt_logprobs(told: dict[int, tuple[Tensor, Any]] | None) -> dict[int, list[TokenLogprobs]]:

@@ -242,6 +242,7 @@ class Worker:
         self._residents.start_decode(sequences)
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
+        self._residents.end_failed(plan, result.failed_rows)
         self._residents.collector.collect(plan, result, self._residents.prefilled, self._residents.decoded)
 
     def _is_ready(self) -> bool:

@@ -365,7 +365,6 @@ def test_openai_fields_that_change_nothing_are_accepted():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
         ("stream_options", {"include_usage": True}),
         ("echo", True),
         ("best_of", 3),

@@ -151,13 +151,14 @@ class Bench:
             (self.finished if isinstance(record, Sequence) else self.deltas).append(record)
 
     def sequence(
-        self, prompt, max_new_tokens=4, stream=False, tenant="", eos=(), interactive=False, pin=False, **sampling
-    ):
+        self, prompt, max_new_tokens=4, stream=False, tenant="", eos=(), interactive=False, pin=False, guide=None,
+        **sampling,
+    ):  # fmt: skip
         params = SamplingParams(max_new_tokens=max_new_tokens, **sampling).with_defaults(temperature=0.0)
         request = Request(
             "r", prompt_tokens=list(prompt), stream=stream, tenant=tenant, interactive=interactive, pin=pin
         )
-        sequence = Sequence(request, np.asarray(prompt, np.int32), params, eos)
+        sequence = Sequence(request, np.asarray(prompt, np.int32), params, eos, guide)
         sequence.kv = PrefixHint(0)
         return sequence
 

@@ -171,8 +171,9 @@ class Connection:
             with suppress(*_CUT):
                 await stream.unwrap()
             stream = stream.transport_stream
-        await stream.send_eof()
-        while not self._framing.has_said_goodbye:
+        if self._framing.may_half_close:
+            await stream.send_eof()
+        while not self._framing.is_closed:
             self._framing.receive(await stream.receive())
 
     def _cancel_all(self) -> None:

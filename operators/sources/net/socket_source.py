@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import SocketStream, TaskGroup
 
-    from ....runtime.flow.operator import OperatorContext, Outlet
+    from ....runtime.flow.operator import Outlet
 
 log = logging.getLogger("sageLLM")
 
@@ -55,36 +55,26 @@ class SocketSource(Operator[SocketConfigT]):
         "at most once: requests are in memory only; "
         "each has exactly one terminal event on its connection, if that lives"
     )
+    address = ""  # where it listens, once it does
 
-    def __init__(self, config: SocketConfigT, context: OperatorContext) -> None:
-        super().__init__(config, context)
-        self._sockets: list[socket.socket] = []
-
-    async def claim(self) -> None:
+    async def open(self) -> None:
         """Read keys and certificates, and listen; whoever connects waits until the flow runs.
 
         Raises:
             ConfigError: the address is in use or cannot be had; a file of keys or certificates is wrong.
         """
-        self.keys = KeyRing.load(self.config, self.context.base_dir, self.context.engine.clock)
-        self.tls = self.make_tls()
-        self._sockets = await self.bind()
-
-    async def disclaim(self) -> None:
-        await self.close()
-
-    async def open(self) -> None:
-        """As `claim`, if nobody has called it."""
-        if not self._sockets:
-            await self.claim()
+        engine = self.context.engine
+        self.keys = KeyRing.load(self.config, self.context.base_dir, engine.clock)
         self.intake = Intake(self.context, self.config)
-        self._service = Service(self.config, self.intake, self.keys, self.tls, self.make_framing)
+        self._service = Service(self.config, self.intake, self.keys, self.make_tls(), self.make_framing)
         self._connections: set[Connection] = set()
         self._gone = anyio.Event()
         self._accepting = anyio.CancelScope()
+        self._sockets: list[socket.socket] = []
+        self._sockets = await self.bind()
 
     async def bind(self) -> list[socket.socket]:
-        """Sockets that listen; `address` says where.
+        """Sockets that listen already.
 
         Raises:
             ConfigError: they cannot be had.
@@ -120,7 +110,6 @@ class SocketSource(Operator[SocketConfigT]):
     async def close(self) -> None:
         for each in self._sockets:
             each.close()
-        self._sockets = []
 
     # -- connections ---------------------------------------------------------------------------------------------------
 

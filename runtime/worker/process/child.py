@@ -125,7 +125,7 @@ class _Exporting:
 def _apply(executor: Executor, change: Admission | Readmission | Release) -> None:
     if isinstance(change, Admission):
         request = Request(f"slot-{change.slot}")
-        sequence = Sequence(request, change.prompt_tokens, change.sampling, change.eos_token_ids)
+        sequence = Sequence(request, change.prompt_tokens, change.sampling, change.eos_token_ids, change.guide)
         executor.admit(change.slot, sequence, change.choice)
     elif isinstance(change, Readmission):
         executor.readmit(*change)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ....records import SamplingParams
+    from ....records import Guide, SamplingParams
     from ...scheduler.plan import StepPlan
 
 
@@ -21,6 +21,7 @@ class Admission(NamedTuple):
     prompt_tokens: NDArray[np.int32]
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
+    guide: Guide | None
     choice: int
 
 

@@ -189,7 +189,8 @@ class RemoteExecutor:
         self._connected = [None] * len(peers)
 
     def admit(self, slot: int, sequence: Sequence, choice: int) -> None:
-        self._changes.append(Admission(slot, sequence.prompt_tokens, sequence.sampling, sequence.eos_token_ids, choice))
+        prompt, sampling, eos = sequence.prompt_tokens, sequence.sampling, sequence.eos_token_ids
+        self._changes.append(Admission(slot, prompt, sampling, eos, sequence.guide, choice))
 
     def readmit(self, slot: int, outputs: NDArray[np.int32]) -> None:
         self._changes.append(Readmission(slot, outputs.copy()))

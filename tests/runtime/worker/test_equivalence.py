@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,9 +20,11 @@ from sageLLM.backends.cpu import AVX512Backend
 from sageLLM.config import BackendConfig, KVEviction, KVGranularity, ModelConfig, SchedulerPolicy
 from sageLLM.errors import RequestError
 from sageLLM.kv_runtime.tiers import FileTier, TemperatureClassifier, Watermarks
+from sageLLM.models.guide_compiler import GuideCompiler
 from sageLLM.models.resolve import resolve_model
+from sageLLM.models.tokenizer import load_tokenizer
 from sageLLM.models.weights import load_model
-from sageLLM.records import Pooling
+from sageLLM.records import Guide, GuideKind, Pooling
 from sageLLM.runtime.worker.sampling import SamplingState
 from sageLLM.runtime.worker.torch_executor import TorchExecutor
 
@@ -48,16 +50,40 @@ def loaded_bfloat16(checkpoint_folder):
 
 
 @pytest.fixture(scope="module")
-def oracle(folder):
-    """transformers' greedy output; each prompt is computed once."""
+def guides(folder):
+    model = resolve_model(ModelConfig(model_id=str(folder)))
+    return GuideCompiler(model, partial(load_tokenizer, model))
+
+
+@pytest.fixture(scope="module")
+def oracle(folder, guides):
+    """transformers' greedy output; each prompt is computed once. With a guide, among the tokens that are found to
+    conform by asking of each of them."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # nothing is masked, nothing ends
     known = {}
 
-    def greedy(prompt, count):
+    @cache
+    def guided(prompt, guide):
+        tokens, matcher = [], guides.new_matcher(guide)
+        while len(tokens) < 24 and not matcher.is_stopped():
+            forced = matcher.compute_ff_tokens()
+            conforming = forced[:1] or [token for token in range(model.vocab_size) if matcher.validate_tokens([token])]
+            with torch.inference_mode():
+                logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
+            tokens.append(max(conforming, key=logits.tolist().__getitem__))
+            if tokens[-1] == EOS:
+                break
+            matcher = guides.new_matcher(guide)
+            assert matcher.consume_tokens(tokens)
+        return tokens
+
+    def greedy(prompt, count, guide=None):
         key = tuple(prompt)
+        if guide is not None:
+            return guided(key, guide)[:count]
         if len(known.get(key, ())) < count:
             ids = torch.tensor([prompt])
             made = model.generate(
@@ -85,8 +111,8 @@ def hidden_states(folder):
 
 
 def make_bench(
-    bench, loaded, blocks=64, block_size=4, unit=KVGranularity.LAYER, losing=lambda inner: inner, tier_unit=None,
-    nvme=None, **options,
+    bench, loaded, guides=None, blocks=64, block_size=4, unit=KVGranularity.LAYER, losing=lambda inner: inner,
+    tier_unit=None, nvme=None, **options,
 ):  # fmt: skip
     """`nvme` is a folder for files below the first worker's pool, of which there may be 40."""
     model, backend = loaded
@@ -94,7 +120,7 @@ def make_bench(
 
     def make_executor():
         tiers_in = tier_unit or KVGranularity.BLOCK
-        made = TorchExecutor(model, backend, blocks, block_size, slots, unit, tier_unit=tiers_in)
+        made = TorchExecutor(model, backend, blocks, block_size, slots, unit, tier_unit=tiers_in, guides=guides)
         if nvme is not None:
             files = FileTier(nvme, bytes(32), 40, block_size, made.block_io.block_bytes)
             options["tiers"].setdefault("files", files)
@@ -103,6 +129,14 @@ def make_bench(
     executor = make_executor if options.get("mode") == "strict" else make_executor()
     return bench(blocks=blocks, block_size=block_size, executor=executor, **options)
 
+
+EOS = 1
+SCHEMA = '{"type":"object","properties":{"n":{"enum":[7,12,null]},"x":{"type":"array","items":{"type":"boolean"}}}}'
+GUIDES = [
+    Guide(GuideKind.REGEX, "(yes|no|perhaps)( [0-9]{2,5})*"),
+    Guide(GuideKind.JSON_SCHEMA, SCHEMA),
+    Guide(GuideKind.GRAMMAR, 'start: NUM (("+" | "-") NUM)*\nNUM: /[0-9]{1,3}/'),
+]
 
 # Few prompts that share prefixes, so that mixes hit the cache and transformers computes each only once.
 _RNG = random.Random(7)
@@ -114,7 +148,7 @@ PROMPTS = [_BASE[:n] + [_RNG.randrange(4, 300) for _ in range(m)] for n, m in
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_greedy_tokens_do_not_depend_on_how_they_were_computed(
-    bench, loaded, oracle, hidden_states, losing_executor, data
+    bench, loaded, guides, oracle, hidden_states, losing_executor, data
 ):
     """Nor do embeddings."""
 
@@ -123,29 +157,31 @@ def test_greedy_tokens_do_not_depend_on_how_they_were_computed(
         pooled = hidden.mean(0) if pooling is Pooling.MEAN else hidden[-1]
         return pooled / np.linalg.norm(pooled)
 
-    check_any_mix(bench, loaded, oracle, embed, losing_executor, data)
+    check_any_mix(bench, loaded, guides, oracle, embed, losing_executor, data)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_our_kernels_keep_that_promise_in_bfloat16(bench, loaded_bfloat16, losing_executor, data):
+def test_our_kernels_keep_that_promise_in_bfloat16(bench, loaded_bfloat16, guides, losing_executor, data):
     """No two roundings of the same sum: what a prompt gives alone and whole, it gives in any mix."""
 
     def alone(make, *arguments, **options):
-        b = make_bench(bench, loaded_bfloat16, max_step_tokens=64)
+        b = make_bench(bench, loaded_bfloat16, guides, max_step_tokens=64)
         sequence = make(b, *arguments, **options)
         b.offer(sequence)
         b.run()
         b.close()
         return sequence
 
-    def greedy(prompt, count):
-        return alone(bench.sequence, prompt, max_new_tokens=count).choices[0].output_tokens
+    def greedy(prompt, count, guide):
+        eos = (EOS,) if guide else ()
+        sequence = alone(bench.sequence, prompt, max_new_tokens=count, guide=guide, eos=eos)
+        return sequence.choices[0].output_tokens
 
     def embed(prompt, pooling):
         return alone(bench.pooled, prompt, pooling).embedding
 
-    check_any_mix(bench, loaded_bfloat16, greedy, embed, losing_executor, data)
+    check_any_mix(bench, loaded_bfloat16, guides, greedy, embed, losing_executor, data)
 
 
 MODES = (
@@ -163,6 +199,7 @@ def forget(executor):
     executor._thread.submit(int).result()  # it works off what was launched
     executor._sampling = SamplingState(len(executor._newest), executor._model.vocab_size, executor._backend.device)
     executor._newest.zero_()
+    executor._guided._rows.clear()
     for kept in (executor._rows, executor._changed, executor._copies, executor._to_admit, executor._to_copy):
         kept.clear()
     executor._kv.fill_(3.0)
@@ -178,27 +215,29 @@ class TokenCost:
         return 1e-3 * (len(decode_contexts) + sum(chunk_lengths))
 
 
-def check_any_mix(bench, loaded, oracle, embed, losing_executor, data) -> None:
+def check_any_mix(bench, loaded, guides, oracle, embed, losing_executor, data) -> None:
     with TemporaryDirectory() as folder:
-        _check_any_mix(bench, loaded, oracle, embed, losing_executor, data, Path(folder))
+        _check_any_mix(bench, loaded, guides, oracle, embed, losing_executor, data, Path(folder))
 
 
-def _check_any_mix(bench, loaded, oracle, embed, losing_executor, data, folder) -> None:
+def _check_any_mix(bench, loaded, guides, oracle, embed, losing_executor, data, folder) -> None:
     often = data.draw(st.sampled_from([0, 0, 0.05]), label="executor lost")
     chance = random.Random(data.draw(st.integers(0, 99), label="when it is lost"))
     tiers = data.draw(st.sampled_from(TIERS), label="tiers")
     in_files = tiers is not None and data.draw(st.booleans(), label="nvme")
     migrates = tiers is not None and data.draw(st.booleans(), label="migration")
     classifier = TemperatureClassifier(0.1, 60.0, time.monotonic) if migrates else None
+    slots = data.draw(st.integers(2, 8), label="slots")
     b = make_bench(
         bench,
         loaded,
+        guides,
         blocks=data.draw(st.sampled_from([20, 28, 64]), label="blocks"),  # 20 forces preemption
         block_size=data.draw(st.sampled_from([4, 16]), label="block_size"),
         commit=data.draw(st.booleans(), label="prefix cache"),
-        max_batch_size=data.draw(st.integers(2, 8), label="slots"),
-        max_prefill_batch=data.draw(st.integers(1, 4), label="prefill batch"),
-        max_decode_batch=data.draw(st.integers(1, 8), label="decode batch"),
+        max_batch_size=slots,
+        max_prefill_batch=data.draw(st.integers(1, min(4, slots)), label="prefill batch"),
+        max_decode_batch=data.draw(st.integers(1, slots), label="decode batch"),
         max_step_tokens=data.draw(st.sampled_from([3, 8, 64]), label="step tokens"),
         launch_ahead=data.draw(st.booleans(), label="launch ahead"),
         tpot_slo_ms=data.draw(st.sampled_from([None, 0.5, 8, 30]), label="slo"),  # 0.5 cannot be kept
@@ -219,16 +258,18 @@ def _check_any_mix(bench, loaded, oracle, embed, losing_executor, data, folder) 
         **data.draw(st.sampled_from(MODES), label="mode"),
     )
     wanted = st.integers(1, 24) | st.sampled_from(Pooling)  # so many tokens, or an embedding
-    picks = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), wanted), min_size=1, max_size=8))
+    pick = st.tuples(st.sampled_from(PROMPTS), wanted, st.sampled_from([None, None, *GUIDES]))
+    picks = data.draw(st.lists(pick, min_size=1, max_size=8))
     n = data.draw(st.sampled_from([1, 1, 2]), label="n")
     pins = data.draw(st.sampled_from([0, 0, 2, 5]), label="every so many pin")
     offered = 0
-    for index, (prompt, asked) in enumerate(picks):
+    for index, (prompt, asked, guide) in enumerate(picks):
         pin = pins > 0 and index % pins == 0
         if isinstance(asked, Pooling):
             sequence = b.pooled(prompt, asked, pin=pin)
         else:
-            sequence = b.sequence(prompt, max_new_tokens=asked, n=n, pin=pin)
+            eos = (EOS,) if guide else ()
+            sequence = b.sequence(prompt, max_new_tokens=asked, n=n, pin=pin, guide=guide, eos=eos)
         sequence.request.priority = index % 3
         sequence.request.deadline_ms = 1000.0 - 7 * index if index % 2 else None
         with suppress(RequestError):  # no room for the pin, or beside those before it
@@ -241,7 +282,7 @@ def _check_any_mix(bench, loaded, oracle, embed, losing_executor, data, folder) 
         assert sequence.error is None
         prompt, pooling = sequence.prompt_tokens.tolist(), sequence.request.pooling
         if pooling is None:
-            expected = oracle(prompt, sequence.sampling.max_new_tokens)
+            expected = oracle(prompt, sequence.sampling.max_new_tokens, sequence.guide)
             assert [c.output_tokens for c in sequence.choices] == [expected] * n
         else:
             np.testing.assert_allclose(sequence.embedding, embed(prompt, pooling), rtol=1e-4, atol=1e-5)

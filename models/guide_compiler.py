@@ -1,0 +1,201 @@
+"""Guides become matchers: what llguidance knows of a grammar, over the tokens of one model. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import RequestError
+from ..records import GuideKind
+from .tokenizer import NullTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from llguidance import LLMatcher, LLTokenizer
+    from numpy.typing import NDArray
+
+    from ..records import Guide
+    from .resolve import ResolvedModel
+    from .tokenizer import TextTokenizer
+
+_MAX_GRAMMARS = 256
+_WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"  # between tokens of JSON: bounded, else weak models write nothing else
+_OWN_STATE = re.compile("<(?:state|backtrace|non-verbose)")
+_NAMES = {
+    GuideKind.JSON_OBJECT: "response_format",
+    GuideKind.JSON_SCHEMA: "response_format.json_schema.schema",
+    GuideKind.REGEX: "guided_regex",
+    GuideKind.GRAMMAR: "guided_grammar",
+}
+
+
+class GuideCompiler:
+    """Compiles guides for one model, and keeps the 256 that were used last. May be used by several threads."""
+
+    def __init__(self, model: ResolvedModel, load_tokenizer: Callable[[], TextTokenizer]) -> None:
+        """Nothing is loaded before the first guide comes."""
+        self._model = model
+        self._load_tokenizer = load_tokenizer
+        self._compiled: OrderedDict[Guide, LLMatcher] = OrderedDict()
+        self._lock = Lock()
+
+    def check(self, guide: Guide) -> None:
+        """Compile a guide, unless it is known: takes milliseconds, seconds at the worst.
+
+        Raises:
+            RequestError: the grammar is wrong, too large, or allows no output that has a token; or the model chooses
+                no tokens, or has a tokenizer whose tokens are not known as bytes.
+        """
+        self.new_matcher(guide)
+
+    def knows(self, guide: Guide) -> bool:
+        """Whether it is compiled."""
+        return guide in self._compiled
+
+    def new_matcher(self, guide: Guide) -> LLMatcher:
+        """A matcher of its own for one output, before its first token.
+
+        Raises:
+            RequestError: as `check`.
+        """
+        with self._lock:
+            known = self._compiled.get(guide)
+            if known is not None:
+                self._compiled.move_to_end(guide)
+                return known.deep_copy()
+        matcher = self._compile(guide)
+        with self._lock:
+            self._compiled[guide] = matcher
+            while len(self._compiled) > _MAX_GRAMMARS:
+                self._compiled.popitem(last=False)
+            return matcher.deep_copy()
+
+    def _compile(self, guide: Guide) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+        from llguidance.numpy import fill_next_token_bitmask
+
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self.tokenizer, _grammar_of(guide), log_level=0, limits=limits)
+        bits = np.zeros((1, self.mask_words), np.int32)
+        if not matcher.is_error():
+            fill_next_token_bitmask(matcher, bits)
+        if matcher.is_error():
+            raise RequestError(f"{_NAMES[guide.kind]}: {_explain(guide, matcher)}")
+        if not (bits[0] & self.text_bits).any():
+            found = "nothing but an empty output" if matcher.is_accepting() else "no text that the model has tokens for"
+            raise RequestError(f"{_NAMES[guide.kind]}: it allows {found}: write one that allows more")
+        return matcher
+
+    @cached_property
+    def tokenizer(self) -> LLTokenizer:
+        """The model's tokens as llguidance knows them. It takes up to a second for a large vocabulary."""
+        model = self._model
+        if model.weights == "null":
+            raise RequestError("builtin:null chooses no tokens, so nothing can guide it: choose another model")
+        tokenizer = self._load_tokenizer()
+        if isinstance(tokenizer, NullTokenizer):
+            return _byte_tokens(model)
+        return _checkpoint_tokens(tokenizer.to_json(), tokenizer.vocab_size, model)
+
+    @cached_property
+    def mask_words(self) -> int:
+        """int32 words of a mask: a bit for each id of the model, and those that only the tokenizer has."""
+        return -(-self.tokenizer.vocab_size // 32)
+
+    @cached_property
+    def eos_bits(self) -> NDArray[np.int32]:
+        """The mask [W] of the model's end-of-sequence tokens."""
+        return self._to_bits({*self.tokenizer.eos_tokens} & {*self._model.generation.eos_token_ids})
+
+    @cached_property
+    def text_bits(self) -> NDArray[np.int32]:
+        """The mask [W] of all other tokens of the model."""
+        return self._to_bits({*range(self._model.vocab_size)} - {*self.tokenizer.eos_tokens})
+
+    def _to_bits(self, tokens: Iterable[int]) -> NDArray[np.int32]:
+        bits = np.zeros(self.mask_words * 32, bool)
+        bits[[*tokens]] = True
+        return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def describe_error(matcher: LLMatcher) -> str:
+    """What is wrong with a matcher that is in error, without what llguidance shows of the source and of its own state.
+
+    Places in a Lark grammar are told as `line 1, column 8`.
+    """
+    lines = [line for line in _OWN_STATE.split(matcher.get_error())[0].splitlines() if line[:1].strip()]
+    return re.sub(r"^(at )?(\d+)\((\d+)\)", r"line \2, column \3", " ".join(lines))
+
+
+def _explain(guide: Guide, matcher: LLMatcher) -> str:
+    error = describe_error(matcher)
+    if guide.kind is GuideKind.REGEX:  # it was made a Lark grammar, in which the place means nothing to its author
+        return error.partition(": ")[2].replace(" (in regex)", "")
+    return error
+
+
+def _grammar_of(guide: Guide) -> str:
+    from llguidance import LLMatcher
+
+    if guide.kind is GuideKind.REGEX:
+        return LLMatcher.grammar_from_regex(guide.source)
+    if guide.kind is GuideKind.GRAMMAR:
+        return LLMatcher.grammar_from_lark(guide.source)
+    schema = json.loads(guide.source) if guide.kind is GuideKind.JSON_SCHEMA else {"type": "object"}
+    try:
+        if "x-guidance" in schema:  # llguidance's own options, whitespace among them
+            return LLMatcher.grammar_from_json_schema(schema)
+        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    except ValueError as error:
+        raise RequestError(f"{_NAMES[guide.kind]}: {error}") from error
+
+
+def _checkpoint_tokens(source: str, vocab_size: int, model: ResolvedModel) -> LLTokenizer:
+    """Ids that only the model has are padding, which no grammar allows."""
+    from llguidance import LLTokenizer
+
+    eos = [token for token in model.generation.eos_token_ids if token < vocab_size]
+    if not eos:  # llguidance wants one: give it one that the model does not have
+        data = json.loads(source)
+        data["added_tokens"].append(_special_token(vocab_size))
+        source, eos = json.dumps(data), [vocab_size]
+    try:
+        return LLTokenizer(source, n_vocab=max(model.vocab_size, vocab_size, eos[-1] + 1), eos_token=eos)
+    except ValueError as error:
+        raise RequestError(f"the tokenizer of {model.model_id} cannot be guided: {error}") from error
+
+
+def _special_token(token: int) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": "<|the end of what is guided|>", "special": True, **flags}
+
+
+def _byte_tokens(model: ResolvedModel) -> LLTokenizer:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    tokens = _Bytes(model)
+    return LLTokenizer(TokenizerWrapper(tokens), eos_token=tokens.eos_token_ids)
+
+
+class _Bytes:
+    """Ids below 256 are bytes; others have no text. In the form that llguidance's TokenizerWrapper takes."""
+
+    bos_token_id = None
+
+    def __init__(self, model: ResolvedModel) -> None:
+        size = max(model.vocab_size, 256)  # llguidance wants all bytes; those beyond the model are never allowed
+        self.eos_token_ids = [*model.generation.eos_token_ids] or [size]
+        self.eos_token_id = self.eos_token_ids[0]
+        self.special_token_ids = [*range(256, size)] + [token for token in self.eos_token_ids if token >= size]
+        self.tokens = [bytes((token,)) for token in range(256)]
+        self.tokens += [f"<{token}>".encode() for token in self.special_token_ids]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [*text]

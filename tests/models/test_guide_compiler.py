@@ -1,0 +1,133 @@
+"""Guides become matchers over a model's tokens, or one readable error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+from llguidance.numpy import fill_next_token_bitmask
+
+from sageLLM.config import ModelConfig
+from sageLLM.errors import RequestError
+from sageLLM.models import guide_compiler
+from sageLLM.models.guide_compiler import GuideCompiler
+from sageLLM.models.resolve import resolve_model
+from sageLLM.models.tokenizer import load_tokenizer
+from sageLLM.records import Guide, GuideKind
+
+REGEX, GRAMMAR, SCHEMA = GuideKind.REGEX, GuideKind.GRAMMAR, GuideKind.JSON_SCHEMA
+
+
+def compiler_of(model_id="builtin:pydoc-tiny", **fields):
+    model = resolve_model(ModelConfig(model_id=str(model_id), **fields))
+    return GuideCompiler(model, partial(load_tokenizer, model))
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    return compiler_of()
+
+
+def following(compiler, guide, tokens=()):
+    """The tokens that llguidance allows after these."""
+    matcher = compiler.new_matcher(guide)
+    assert matcher.consume_tokens([*tokens])
+    bits = np.zeros((1, compiler.mask_words), np.int32)
+    fill_next_token_bitmask(matcher, bits)
+    return {*np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist()}
+
+
+def test_each_output_has_a_matcher_of_its_own(compiler):
+    guide = Guide(REGEX, "[ab]c")
+    first, second = compiler.new_matcher(guide), compiler.new_matcher(guide)
+    assert first.consume_tokens(compiler.tokenizer.tokenize_str("ac"))
+    assert first.is_stopped()
+    assert not second.is_stopped()
+    assert second.consume_tokens(compiler.tokenizer.tokenize_str("bc"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "error"),
+    [
+        (REGEX, "a(", 'guided_regex: invalid regex "a(": regex parse error: error: unclosed group'),
+        (REGEX, "", "guided_regex: it allows nothing but an empty output: write one that allows more"),
+        (GRAMMAR, 'start: "a" foo', 'guided_grammar: line 1, column 8: unknown name: "foo"'),
+        (GRAMMAR, 'start: x\nx: "a', "guided_grammar: line 2, column 6: lexer error"),
+        (SCHEMA, '{"type": "foo"}', "response_format.json_schema.schema: Invalid type: foo"),
+        (SCHEMA, '{"not": {}}', 'response_format.json_schema.schema: Unimplemented keys: ["not"]'),
+    ],
+)
+def test_a_wrong_grammar_is_said_in_one_line_with_its_place(compiler, kind, source, error):
+    guide = Guide(kind, source)
+    with pytest.raises(RequestError) as caught:
+        compiler.check(guide)
+    assert str(caught.value) == error
+    assert not compiler.knows(guide)
+
+
+def test_only_so_many_grammars_are_kept_those_that_were_used_last(compiler, monkeypatch):
+    monkeypatch.setattr(guide_compiler, "_MAX_GRAMMARS", 3)
+    guides = [Guide(REGEX, f"kept {n}") for n in range(4)]
+    for guide in (*guides[:3], guides[0], guides[3]):
+        compiler.check(guide)
+    assert [compiler.knows(guide) for guide in guides] == [True, False, True, True]
+    assert following(compiler, guides[1])
+
+
+def test_whitespace_between_tokens_of_json_is_bounded_unless_the_schema_says_otherwise(compiler):
+    def takes(text, **options):
+        guide = Guide(SCHEMA, json.dumps({"type": "object", "maxProperties": 0, **options}))
+        return compiler.new_matcher(guide).consume_tokens(compiler.tokenizer.tokenize_str(text))
+
+    assert takes("{}")
+    assert takes("{\n        }")
+    assert not takes("{" + "\n" * 3 + "}")
+    assert not takes("{" + " " * 50 + "}")
+    assert takes("{" + "\n" * 3 + "}", **{"x-guidance": {"whitespace_pattern": "\\s+"}})
+    assert not takes("{ }", **{"x-guidance": {"whitespace_flexible": False}})
+
+
+def test_the_end_of_sequence_tokens_are_the_models(compiler):
+    eos = compiler._model.generation.eos_token_ids
+    assert {*eos} <= following(compiler, Guide(REGEX, "a*"))
+    assert not {*eos} & following(compiler, Guide(REGEX, "a+"))
+
+
+def widened(folder, tmp_path, vocab_size):
+    """A copy of a checkpoint whose logits are so many, without an end-of-sequence token."""
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text()) | {"vocab_size": vocab_size, "eos_token_id": None}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "generation_config.json").unlink()
+    return copy
+
+
+@pytest.mark.parametrize("vocab_size", [300, 320, 321, 512])
+def test_ids_that_only_the_model_has_or_only_the_tokenizer_are_never_usable(checkpoint_folder, tmp_path, vocab_size):
+    compiler = compiler_of(widened(checkpoint_folder("llama3"), tmp_path, vocab_size), load_format="dummy")
+    known = load_tokenizer(compiler._model).vocab_size
+    anything = following(compiler, Guide(REGEX, "(?s:.)*"))
+    assert max(anything) <= known  # `known` itself ends, but the model has no such token
+    usable = {*np.flatnonzero(np.unpackbits(compiler.text_bits.view(np.uint8), bitorder="little")).tolist()}
+    assert max(usable & anything) < min(known, vocab_size)
+    assert not compiler.eos_bits.any()
+
+
+def test_byte_tokens_of_a_model_without_a_tokenizer(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "max_seq_len": 64}
+    compiler = compiler_of("nobody/nothing", vocab_size=300, **sizes)
+    assert following(compiler, Guide(REGEX, "[a-c]+")) == {97, 98, 99}
+    few = compiler_of("nobody/nothing", vocab_size=64, **sizes)
+    few.check(Guide(REGEX, "[0-9]+"))
+    with pytest.raises(RequestError, match="it allows no text that the model has tokens for"):
+        few.check(Guide(REGEX, "[a-z]+"))
+
+
+def test_the_null_model_cannot_be_guided():
+    with pytest.raises(RequestError, match="builtin:null chooses no tokens, so nothing can guide it"):
+        compiler_of("builtin:null").check(Guide(GuideKind.JSON_OBJECT))
