@@ -6,6 +6,8 @@
     {"event": "error", "request_id", "error"}
     {"event": "shed", "request_id", "error", "queue_depth", "retry_after_s"}
 
+A delta has `tool_calls` too if calls end in it, which the request's `tools` let the model make.
+
 Each request has exactly one event that is no delta, its last. What belongs to no request has the `request_id` null:
 
     {"event": "error", "request_id": null, "error", "message"}                       the number of the message, from 1
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...records import Completion, DeadLetter
 from ...runtime.flow.ledger import Outcome
-from .result_format import completion_fields
+from .result_format import call_fields, completion_fields
 
 if TYPE_CHECKING:
     from ...records import TokenDelta
@@ -30,13 +32,16 @@ TERMINAL = frozenset({"done", "error", "cancelled", "shed", "timeout"})
 
 def delta_fields(delta: TokenDelta) -> dict[str, Any]:
     """A step's new tokens of one choice."""
-    return {
+    fields: dict[str, Any] = {
         "event": "delta",
         "request_id": delta.request_id,
         "choice": delta.choice,
         "text": delta.text,
         "tokens": delta.tokens,
     }
+    if delta.tool_calls:
+        fields["tool_calls"] = [call_fields(call) for call in delta.tool_calls]
+    return fields
 
 
 def end_fields(request_id: str, record: Completion | DeadLetter | None, outcome: Outcome) -> dict[str, Any]:

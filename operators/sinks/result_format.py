@@ -41,8 +41,11 @@ def completion_fields(completion: Completion) -> dict[str, Any]:
         fields = {"request_id": request.request_id, **_choice_fields(choices[0], request)}
     else:
         embedding = None if completion.embedding is None else completion.embedding.tolist()
-        reason = choices[0].finish_reason
-        fields = {"request_id": request.request_id, "embedding": embedding, "finish_reason": reason}
+        fields = {
+            "request_id": request.request_id,
+            "embedding": embedding,
+            "finish_reason": _finish_reason(choices[0]),
+        }
     if len(choices) > 1:
         fields["choices"] = [{"index": choice.index, **_choice_fields(choice, request)} for choice in choices]
     if completion.prompt_logprobs is not None:
@@ -82,16 +85,20 @@ def _choice_fields(choice: Choice, request: Request) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "text": choice.text,
         "output_tokens": choice.output_tokens,
-        "finish_reason": None if choice.finish_reason is None else choice.finish_reason.value,
+        "finish_reason": _finish_reason(choice),
     }
     if request.tools:
-        fields["tool_calls"] = [_call_fields(call) for call in choice.tool_calls]
+        fields["tool_calls"] = [call_fields(call) for call in choice.tool_calls]
     if choice.logprobs is not None:
         fields["logprobs"] = _dump_logprobs(choice.logprobs)
     return fields
 
 
-def _call_fields(call: ToolCall) -> dict[str, Any]:
+def _finish_reason(choice: Choice) -> str | None:
+    return None if choice.finish_reason is None else choice.finish_reason.value
+
+
+def call_fields(call: ToolCall) -> dict[str, Any]:
     """As OpenAI writes a call."""
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 

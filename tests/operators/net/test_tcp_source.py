@@ -14,7 +14,9 @@ from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSStream
 
 from sageLLM.errors import ConfigError
+from sageLLM.operators.sinks.reply_format import delta_fields
 from sageLLM.operators.sources.net.tls import client_context
+from sageLLM.records import Request, SamplingParams, Sequence, TokenDelta, ToolCall
 
 HI = {"prompt": "hi", "max_new_tokens": 3}
 CERTIFICATES = Path(__file__).parent / "certificates"
@@ -45,6 +47,26 @@ def test_deltas_of_a_streaming_request_and_then_its_end(serve):
             assert events[-1]["event"] == "done"
 
     serve(body)
+
+
+@pytest.mark.parametrize("framing", ["json_lines", "msgpack"])
+def test_an_embedding(serve, framing):
+    async def body(server):
+        async with await server.connect(framing) as client:
+            await client.send({"prompt_tokens": [5, 3], "pooling": "last"})
+            event = await client.receive()
+            assert event["embedding"] == [float(axis == 3) for axis in range(16)]
+            assert (event["event"], event["finish_reason"], event["usage"]["total_tokens"]) == ("done", "stop", 2)
+
+    serve(body, {"framing": framing})
+
+
+def test_a_delta_tells_the_calls_that_end_in_it():
+    delta = TokenDelta(Sequence(Request("a"), None, SamplingParams()), 0, [7], "", [ToolCall("call_1", "add", "{}")])
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    assert delta_fields(delta)["tool_calls"] == [call]
+    delta.tool_calls = []
+    assert "tool_calls" not in delta_fields(delta)
 
 
 def test_a_request_without_an_id_is_numbered_by_connection(serve):
