@@ -16,7 +16,6 @@ from ..scheduler.resident import RowState
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..scheduler.plan import StepPlan
     from ..worker.worker import Worker
     from .executor import SimulatedExecutor
     from .virtual_time import VirtualTime
@@ -28,13 +27,15 @@ _MOST = 512  # of a row's many tokens: somebody will look before
 def foresee(worker: Worker, executor: SimulatedExecutor, time: VirtualTime) -> Repetition | None:
     """What a worker that has just launched a step will do if it is left alone; None where that is nothing to foresee:
     the next step is not like those that are unread, or hardly any are."""
-    if not (worker.is_full and worker.is_steady):
+    plans = [plan for plan, _ in worker.unread]
+    if any(plan.chunks or plan.copies for plan in plans) or not (worker.is_full and worker.is_steady):
         return None
     table, slots = worker.table, worker.table.decoding()
     if not len(slots) or table.has(RowState.PREFILL) or table.watched[slots].any():
         return None
-    plans = [plan for plan, _ in worker.unread]
-    if not all(_only_decodes(plan, slots) for plan in plans) or (table.epoch[slots] != plans[0].sample_epochs).any():
+    if any(not np.array_equal(plan.decode_slots, slots) for plan in plans):
+        return None
+    if (table.epoch[slots] != plans[0].sample_epochs).any():
         return None
     if (table.stop_ids[slots] == executor.tokens[slots, None]).any():
         return None
@@ -43,10 +44,6 @@ def foresee(worker: Worker, executor: SimulatedExecutor, time: VirtualTime) -> R
         return None
     repetition = Repetition(worker, executor, time, slots, steps)
     return repetition if repetition.steps >= _FEWEST else None
-
-
-def _only_decodes(plan: StepPlan, slots: NDArray[np.int64]) -> bool:
-    return not plan.chunks and not plan.copies and np.array_equal(plan.decode_slots, slots)
 
 
 class Repetition:
@@ -112,8 +109,7 @@ class Repetition:
         table.last_time[slots] = self.ends[steps - 1]
         for plan, _ in worker.unread:
             plan.decode_positions = plan.decode_positions + steps
-            plan.sample_steps = plan.sample_steps + steps
-            plan.block_tables = table.blocks[slots, : int(table.num_blocks[slots].max())]
+            plan.sample_steps = plan.sample_steps + steps  # its block tables have been with the device: nobody asks
         self._executor.advance(slots, self._seconds, self.ends, steps)
         worker.advance(self.ends[:steps].tolist(), self._seconds[:steps].tolist())
 
