@@ -15,7 +15,7 @@ from sage.runtime import JobManager, LocalEnvironment, StopSignal
 from sageLLM.integrations.sage import channel, engines
 
 NULL = {"model": {"model_id": "builtin:null"}}
-TINY = {"model": {"model_id": "builtin:pydoc-tiny"}, "backend": {"backend_type": "cpu", "threads": 1}}
+TINY = {"model": {"model_id": "builtin:pydoc-tiny"}}  # as the examples and the documents have it: one engine for all
 LIMIT_S = 60
 
 
