@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..config import InferenceMode
@@ -11,6 +12,8 @@ from ..runtime.scheduler.lease import Lease, namespace_of
 if TYPE_CHECKING:
     from ..kv_runtime.tiers import KVTiers
     from ..records import Sequence
+
+log = logging.getLogger("sageLLM")
 
 _SEQUENCE = frozenset({RecordKind.SEQUENCE})
 
@@ -25,7 +28,8 @@ class KVCommitConfig(OperatorConfig):
 class KVCommit(Operator[KVCommitConfig]):
     """Enters each prompt's KV into the prefix tree as soon as it is computed, so that requests in flight share it.
 
-    A prompt that a request pins stays there; one that it unpins may be evicted again. The output's KV follows when the
+    A prompt that a request pins stays there; one that it unpins may be evicted again (where it is not pinned nothing
+    happens, told at debug level). The output's KV follows when the
     sequence ends, before its blocks go back to the pool. With engine.inference_mode PREFILL_ONLY and files below the
     pool, a prompt goes on when all of its whole blocks are in files; its record tells of how many tokens they are not.
 
@@ -55,8 +59,9 @@ class KVCommit(Operator[KVCommitConfig]):
         engine.pins.pinned(computed)
         for sequence in computed:
             if sequence.request.unpin:
-                for kv in engine.kv_caches:
-                    kv.unpin(sequence.prompt_tokens, namespace_of(sequence))
+                where = sequence.prompt_tokens, namespace_of(sequence)
+                if not sum(kv.unpin(*where) for kv in engine.kv_caches):
+                    log.debug("request %s unpins a prompt that is not pinned", sequence.request_id)
         engine.worker.on_leases_returned()
         await out.send(records)
 

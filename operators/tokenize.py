@@ -134,7 +134,7 @@ class Tokenize(Operator[OperatorConfig]):
             and config.scheduler.on_transfer_failure == "fail"
         ):
             raise RequestError(
-                "pooling mean computes every token of the prompt, which DECODE_ONLY with on_transfer_failure fail "
+                "pooling mean computes every token of the prompt, which decode_only with on_transfer_failure fail "
                 "forbids: write pooling last, or have the prompt computed elsewhere"
             )
         return _NOTHING

@@ -154,7 +154,7 @@ class SimulatedEngine:
         mode = config.inference_mode
         if mode is InferenceMode.DECODE_ONLY and config.scheduler.on_transfer_failure == "fail":
             raise ConfigError(
-                "scheduler.on_transfer_failure fail: in a simulation of DECODE_ONLY all KV is in files; write recompute"
+                "scheduler.on_transfer_failure fail: in a simulation of decode_only all KV is in files; write recompute"
             )
         slots, layers = config.scheduler.num_slots, target.model.architecture.num_layers
         self.executors = [

@@ -84,7 +84,7 @@ class SimulatedFiles(FileTier):
         return []
 
     def _is_there(self, digest: bytes) -> bool:
-        return self._has_all or digest in self._index
+        return self._has_all or digest in self._index or digest in self._kept
 
     def _load(self, key: BlockKey, into: Bytes) -> None:
         self._read += 1

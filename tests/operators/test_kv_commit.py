@@ -121,3 +121,17 @@ def test_what_ended_before_its_prompt_was_computed_passes_and_commits_nothing(on
         assert engine.services.get_stats()["kv_cache"]["cached_blocks"] == 0
 
     run_line(on_loop, engine, body)
+
+
+def test_to_unpin_what_is_not_pinned_does_nothing_and_says_so(on_loop, null_engine, caplog):
+    caplog.set_level("DEBUG", "sageLLM")
+    engine = null_engine()
+    sequence = engine.sequence(PROMPT)
+    sequence.request.unpin = True
+
+    async def body(line):
+        assert await line.commit.put(*await line.compute_prompt(sequence)) == [sequence]
+
+    run_line(on_loop, engine, body)
+    assert sequence.error is None
+    assert f"request {sequence.request_id} unpins a prompt that is not pinned" in caplog.text

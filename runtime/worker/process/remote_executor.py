@@ -98,6 +98,7 @@ class RemoteExecutor:
         self.before_step: Callable[[], None] = lambda: None
         self.backend_name = ""
         self._task = config.to_dict(), worker
+        self._worker = worker
         self._timeout = (_STEP_LIMIT_S if timeout is None else timeout) or None
         self._changes: list[Admission | Readmission | Release] = []
         self._unanswered: deque[_RemoteStep] = deque()
@@ -272,7 +273,7 @@ class RemoteExecutor:
         self._end()
         self._changes.clear()
         self._unanswered.clear()
-        raise ExecutorLostError(f"the worker's process was lost: {why}")
+        raise ExecutorLostError(f"the process of worker {self._worker} was lost: {why}")
 
     def close(self) -> None:
         if self._child is None:

@@ -100,7 +100,7 @@ def test_killed_while_idle_it_tells_and_starts_again(executor, admit, null_token
     os.kill(pid, signal.SIGKILL)
     assert ended.wait(30)
     assert pid not in processes_of(os.getpid()), "a zombie is left"
-    with pytest.raises(ExecutorLostError, match=f"process {pid} was killed by SIGKILL"):
+    with pytest.raises(ExecutorLostError, match=f"of worker 0 was lost: process {pid} was killed by SIGKILL"):
         executor.ready()
     wait_until(executor.ready)
     admit(executor, 0, [1, 2])
