@@ -18,8 +18,8 @@ from . import (
     tokenize,
 )
 from .functions import register_function
-from .sinks import jsonl_sink, reply_sink, stdout_sink
-from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source
+from .sinks import jsonl_sink, reply_sink, stdout_sink, tcp_sink
+from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source, websocket_source
 
 __all__ = [
     "ERROR_PORT",
@@ -49,8 +49,10 @@ __all__ = [
     "schedule",
     "stdin_source",
     "stdout_sink",
+    "tcp_sink",
     "tcp_source",
     "tee",
     "tokenize",
     "unix_source",
+    "websocket_source",
 ]

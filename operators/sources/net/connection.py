@@ -171,9 +171,8 @@ class Connection:
             with suppress(*_CUT):
                 await stream.unwrap()
             stream = stream.transport_stream
-        if self._framing.may_half_close:
-            await stream.send_eof()
-        while not self._framing.is_closed:
+        await stream.send_eof()
+        while not self._framing.has_said_goodbye:
             self._framing.receive(await stream.receive())
 
     def _cancel_all(self) -> None:

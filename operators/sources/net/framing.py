@@ -33,14 +33,27 @@ class Frame(NamedTuple):
 class Framing:
     """What a connection needs to know of how its messages are framed.
 
-    `may_half_close`: a peer that has ended its side may still read. `is_ready`: messages may be sent. `is_closed`: the
-    peer has said goodbye. `pings`: the protocol has its own way to ask whether the peer is there.
+    `may_half_close`: a peer that has ended its side may still read. `pings`: the protocol has its own way to ask
+    whether the peer is there.
     """
 
     may_half_close = True
     pings = False
-    is_ready = True
-    is_closed = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether messages may be sent."""
+        return True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the peer neither sends nor reads messages any more."""
+        return False
+
+    @property
+    def has_said_goodbye(self) -> bool:
+        """Whether the peer expects the stream to be closed."""
+        return False
 
     def receive(self, data: bytes) -> list[Frame]:
         """The messages that are complete with these bytes; empty ones are left out."""

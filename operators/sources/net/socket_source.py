@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import anyio
@@ -16,14 +15,16 @@ from .connection import Connection, ConnectionConfig, Service
 from .framing import FRAMINGS, Framing
 from .intake import Intake, IntakeConfig
 from .keys import KeyRing, KeysConfig
+from .socket_options import keep_alive
 
 if TYPE_CHECKING:
+    import socket
     import ssl
     from collections.abc import AsyncIterator, Callable
 
     from anyio.abc import SocketStream, TaskGroup
 
-    from ....runtime.flow.operator import Outlet
+    from ....runtime.flow.operator import OperatorContext, Outlet
 
 log = logging.getLogger("sageLLM")
 
@@ -55,26 +56,36 @@ class SocketSource(Operator[SocketConfigT]):
         "at most once: requests are in memory only; "
         "each has exactly one terminal event on its connection, if that lives"
     )
-    address = ""  # where it listens, once it does
 
-    async def open(self) -> None:
+    def __init__(self, config: SocketConfigT, context: OperatorContext) -> None:
+        super().__init__(config, context)
+        self._sockets: list[socket.socket] = []
+
+    async def claim(self) -> None:
         """Read keys and certificates, and listen; whoever connects waits until the flow runs.
 
         Raises:
             ConfigError: the address is in use or cannot be had; a file of keys or certificates is wrong.
         """
-        engine = self.context.engine
-        self.keys = KeyRing.load(self.config, self.context.base_dir, engine.clock)
+        self.keys = KeyRing.load(self.config, self.context.base_dir, self.context.engine.clock)
+        self.tls = self.make_tls()
+        self._sockets = await self.bind()
+
+    async def disclaim(self) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """As `claim`, if nobody has called it."""
+        if not self._sockets:
+            await self.claim()
         self.intake = Intake(self.context, self.config)
-        self._service = Service(self.config, self.intake, self.keys, self.make_tls(), self.make_framing)
+        self._service = Service(self.config, self.intake, self.keys, self.tls, self.make_framing)
         self._connections: set[Connection] = set()
         self._gone = anyio.Event()
         self._accepting = anyio.CancelScope()
-        self._sockets: list[socket.socket] = []
-        self._sockets = await self.bind()
 
     async def bind(self) -> list[socket.socket]:
-        """Sockets that listen already.
+        """Sockets that listen; `address` says where.
 
         Raises:
             ConfigError: they cannot be had.
@@ -110,6 +121,7 @@ class SocketSource(Operator[SocketConfigT]):
     async def close(self) -> None:
         for each in self._sockets:
             each.close()
+        self._sockets = []
 
     # -- connections ---------------------------------------------------------------------------------------------------
 
@@ -129,7 +141,7 @@ class SocketSource(Operator[SocketConfigT]):
             try:
                 stream = await listener.accept()
                 peer = _name_of(stream)
-                keep_alive(stream, self.config.keepalive_s)
+                keep_alive(stream.extra(SocketAttribute.raw_socket), self.config.keepalive_s)
             except (OSError, anyio.BrokenResourceError) as error:  # of a peer that has gone, or our own limits
                 log.warning("%s could not accept a connection: %s", self.context.name, error)
                 if getattr(error, "errno", None) in _SCARCE:
@@ -162,19 +174,6 @@ class SocketSource(Operator[SocketConfigT]):
                     await self._gone.wait()
             for connection in self._connections:
                 connection.cut()
-
-
-def keep_alive(stream: SocketStream, keepalive_s: float) -> None:
-    """Let the operating system find out within two times `keepalive_s` that a peer's machine is gone."""
-    raw: socket.socket = stream.extra(SocketAttribute.raw_socket)
-    if raw.family == socket.AF_UNIX:
-        return
-    idle = int(keepalive_s)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, idle // 4))
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 2000 * idle)  # ms, of what was written to it
 
 
 def _name_of(stream: SocketStream) -> str:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import msgpack
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sageLLM.operators.sources.net.framing import FRAMINGS, JsonLines, LengthPrefixed
@@ -61,6 +61,7 @@ def cut(data, places):
 
 
 @pytest.mark.parametrize("kind", [JsonLines, LengthPrefixed])
+@settings(deadline=None)
 @given(data=streams, places=st.lists(st.integers(0, 400), max_size=8))
 def test_any_bytes_give_the_same_messages_however_they_are_cut(kind, data, places):
     whole = read_all(kind(LIMIT), [data])
@@ -70,6 +71,7 @@ def test_any_bytes_give_the_same_messages_however_they_are_cut(kind, data, place
 
 
 @pytest.mark.parametrize("kind", [JsonLines, LengthPrefixed])
+@settings(deadline=None)
 @given(data=streams)
 @example(data=prefixed(msgpack.packb({"logit_bias": {1: float("nan")}, "prompt": "x"})))
 @example(data=prefixed(b"\x81\x90\x01"))  # a list as a key
@@ -87,6 +89,7 @@ def test_every_message_is_understood_or_a_message_error(kind, data):
 
 
 @pytest.mark.parametrize("name", FRAMINGS)
+@settings(deadline=None)
 @given(
     events=st.lists(
         st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.integers(0, 99), min_size=1), max_size=5
