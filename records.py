@@ -107,6 +107,7 @@ class GuideKind(StrEnum):
     JSON_SCHEMA = "json_schema"  # the schema, as JSON
     REGEX = "regex"
     GRAMMAR = "grammar"  # Lark, as llguidance reads it
+    TOOL_CALL = "tool_call"  # the same, of calls of the request's tools
 
 
 @dataclass(slots=True, frozen=True)

@@ -33,6 +33,7 @@ _NAMES = {
     GuideKind.JSON_SCHEMA: "response_format.json_schema.schema",
     GuideKind.REGEX: "guided_regex",
     GuideKind.GRAMMAR: "guided_grammar",
+    GuideKind.TOOL_CALL: "tools",
 }
 
 
@@ -146,7 +147,7 @@ def _grammar_of(guide: Guide) -> str:
 
     if guide.kind is GuideKind.REGEX:
         return LLMatcher.grammar_from_regex(guide.source)
-    if guide.kind is GuideKind.GRAMMAR:
+    if guide.kind in (GuideKind.GRAMMAR, GuideKind.TOOL_CALL):
         return LLMatcher.grammar_from_lark(guide.source)
     schema = json.loads(guide.source) if guide.kind is GuideKind.JSON_SCHEMA else {"type": "object"}
     try:

@@ -245,7 +245,7 @@ class NullTokenizer:
     The tokenizer of `builtin:null`, and of models that come without one. Encoding adds no special tokens.
     """
 
-    tool_format = None
+    tool_format: ToolFormat | None = None
 
     def __init__(self, vocab_size: int = NULL_VOCAB_SIZE) -> None:
         self.vocab_size = vocab_size
@@ -297,6 +297,10 @@ class NullTokenizer:
     def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """See `Tokenizer.encode_chat`."""
         return self.encode(self.render_chat(messages, **variables))
+
+    def special_ids(self, tokens: Iterable[str]) -> dict[str, int]:
+        """See `Tokenizer.special_ids`."""
+        return {}
 
     def new_text_state(self, skip_special_tokens: bool = True) -> TextState:
         """See `Tokenizer.new_text_state`."""

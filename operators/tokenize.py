@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from ..config import InferenceMode
 from ..errors import RequestError
-from ..records import DeadLetter, Pooling, Request, SamplingParams, Sequence
+from ..models.tool_calls import forced_call_grammar
+from ..records import DeadLetter, Guide, GuideKind, Pooling, Request, SamplingParams, Sequence
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.worker.sampling_checks import check_sampling
 
@@ -87,11 +88,20 @@ class Tokenize(Operator[OperatorConfig]):
     def _render_chat(self, request: Request) -> str:
         assert request.messages is not None
         text = self._tokenizer.render_chat(request.messages, tools=request.tools)
-        if request.tools and self._tokenizer.tool_format is None:
-            raise RequestError("this model's chat template has calls written in a form that is not known here", "tools")
-        if request.tools and request.tool_choice.required:
-            raise RequestError("tool_choice: calls cannot be forced yet: write auto", "tool_choice")
+        if request.tools:
+            self._prepare_calls(request, request.tools)
         return text
+
+    def _prepare_calls(self, request: Request, tools: list[dict[str, Any]]) -> None:
+        """See that calls will be understood and, where one is required, that the output is one."""
+        tool_format = self._tokenizer.tool_format
+        if tool_format is None:
+            raise RequestError("this model's chat template has calls written in a form that is not known here", "tools")
+        choice = request.tool_choice
+        if choice.required:
+            special = self._tokenizer.special_ids(tool_format.markers)
+            grammar = forced_call_grammar(tool_format, tools, special, choice.name, choice.parallel)
+            request.guide = Guide(GuideKind.TOOL_CALL, grammar)
 
     def _encode_texts(self, texts: list[tuple[int, str]], add_special_tokens: bool) -> list[list[int] | RequestError]:
         if not texts:

@@ -265,13 +265,16 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     tools, tool_choice = tools_from_fields(data)
     if tools and messages is None:
         raise RequestError("found tools without messages: tools are for chats, write messages", "tools")
+    guide = None if _GUIDES.isdisjoint(data) else guide_from_fields(**{name: data.get(name) for name in _GUIDES})
+    if tools and guide is not None:
+        raise RequestError(f"found tools and a {guide.kind} to conform to: no output can be both, write one", "tools")
     return Request(
         request_id,
         prompt,
         None if messages is None else plain_messages(messages),
         tokens,
         params,
-        None if _GUIDES.isdisjoint(data) else guide_from_fields(**{name: data.get(name) for name in _GUIDES}),
+        guide,
         stream=bool(data.get("stream")),
         pooling=None if pooling is None else Pooling(pooling),
         tools=tools,
