@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..config import SageLLMConfig
 from ..records import Request, SamplingParams, Sequence
 from ..runtime.executors import make_lone_executor, start_processes
-from ..runtime.scheduler.plan import PromptChunk, StepPlan
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from ..runtime.worker.executor import Executor, StepHandle
+from .decoding import time_decoding
 
 _BLOCK_SIZE = 16
 _PROMPT_TOKENS = 32
@@ -56,6 +48,8 @@ def measure_isolation(model_id: str, batch: int, steps: int, threads: int, depth
     )
     from ..models.resolve import resolve_model
 
+    prompt = np.full(_PROMPT_TOKENS, 97, np.int32)
+    sequence = Sequence(Request("bench"), prompt, SamplingParams().with_defaults(temperature=0.0))
     tables = np.arange(batch * blocks, dtype=np.int32).reshape(batch, blocks)
     with ExitStack() as closed:
         (process,) = start_processes(config, resolve_model(config.model))
@@ -65,29 +59,5 @@ def measure_isolation(model_id: str, batch: int, steps: int, threads: int, depth
         rounds: tuple[list[float], list[float]] = ([], [])
         for _ in range(_ROUNDS):
             for executor, times in zip((thread, process), rounds, strict=True):
-                times.append(_time_steps(executor, tables, steps, depth))
+                times.append(time_decoding(executor, sequence, tables, _BLOCK_SIZE, steps, depth))
     return IsolationReport(model_id, batch, depth, *rounds)
-
-
-def _time_steps(executor: Executor, tables: NDArray[np.int32], steps: int, depth: int) -> float:
-    batch, first = len(tables), -(-_PROMPT_TOKENS // _BLOCK_SIZE)
-    slots, epochs, none = np.arange(batch), np.zeros(batch, np.int64), np.empty(0, np.int64)
-    prompt = np.full(_PROMPT_TOKENS, 97, np.int32)
-    sequence = Sequence(Request("bench"), prompt, SamplingParams().with_defaults(temperature=0.0))
-    for slot in range(batch):
-        executor.admit(slot, sequence, 0)
-    chunks = [PromptChunk(slot, 0, 0, prompt, is_last=True) for slot in range(batch)]
-    ends = _PROMPT_TOKENS * np.arange(1, batch + 1) - 1
-    executor.launch(StepPlan(none, none, chunks, tables[:, :first], [], slots, ends, epochs, epochs)).result()
-    launched: deque[StepHandle] = deque()
-    start = time.perf_counter()
-    for step in range(steps):
-        positions = np.full(batch, _PROMPT_TOKENS + step)
-        width = (_PROMPT_TOKENS + step) // _BLOCK_SIZE + 1
-        plan = StepPlan(slots, positions, [], tables[:, :width], [], slots, slots, epochs + step + 1, epochs)
-        launched.append(executor.launch(plan))
-        if len(launched) == depth:
-            launched.popleft().result()
-    while launched:
-        launched.popleft().result()
-    return (time.perf_counter() - start) / steps * 1e6

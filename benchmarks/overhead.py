@@ -64,12 +64,12 @@ def _build(folder: Path, batch: int) -> Pipeline:
     from .. import operators  # noqa: F401 - registers the built-in stages
     from ..graph import build_pipeline
 
-    stages = ["jsonl_source", "tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize"]
-    stages += ["metrics", "jsonl_sink"]
+    stages = ["jsonl_source", "tokenize", "guide", "kv_lookup", "schedule", "prefill", "kv_commit", "decode"]
+    stages += ["detokenize", "metrics", "jsonl_sink"]
     settings: dict[str, Any] = {stage: {} for stage in stages}
     settings["jsonl_source"] = {"path": "in.jsonl", "on_error": "fail"}
     settings["jsonl_sink"] = {"path": "out.jsonl", "fsync": "never"}
-    for stage in ("tokenize", "schedule", "prefill", "decode", "detokenize"):
+    for stage in ("tokenize", "guide", "schedule", "prefill", "decode", "detokenize"):
         settings[stage] = {"on_error": "fail"}
     settings["schedule"]["max_waiting"] = 2 * batch
     scheduler = {"max_batch_size": batch, "max_prefill_batch": batch, "max_decode_batch": batch}

@@ -210,6 +210,31 @@ def isolation(models: tuple[str, ...], batch: int, steps: int, threads: int) -> 
     click.echo(format_table(header, rows))
 
 
+@command.command("guide")
+@click.option("--shape", default="qwen2.5-0.5b", show_default=True, help="The model's shape; weights are random.")
+@click.option("--backend", type=click.Choice(["cpu", "cuda"]), help="The device. Default: CUDA where there is one.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0 is every core.")
+@click.option("--rows", default=16, show_default=True, type=click.IntRange(1), help="Rows that decode.")
+@click.option("--steps", default=64, show_default=True, type=click.IntRange(1), help="Steps of a round.")
+def guide(shape: str, backend: str | None, threads: int, rows: int, steps: int) -> None:
+    """What a step costs more with rows guided by a JSON schema: masks found before it, and while it computes."""
+    from ..benchmarks.guide import measure_guide
+    from ..benchmarks.measurement import format_table
+    from ..benchmarks.workloads import SHAPES
+    from ..config import BackendConfig, BackendType
+
+    if shape not in SHAPES:
+        raise click.BadParameter(f"no shape {shape!r}; there is: {', '.join(SHAPES)}", param_hint="--shape")
+    config = BackendConfig(backend_type=None if backend is None else BackendType(backend), threads=threads)
+    times = measure_guide(config, shape, rows, steps)
+    table = []
+    for depth, masks in ((1, "before the step"), (2, "while it computes")):
+        plain, guided = times[False, depth], times[True, depth]
+        table.append([masks, f"{plain:.0f}", f"{guided:.0f}", f"{guided - plain:.0f}", f"{guided / plain - 1:+.1%}"])
+    click.echo(f"a step of {rows} rows: medians of rounds in turn")
+    click.echo(format_table(["masks are found", "plain us", "guided us", "more us", "more"], table))
+
+
 @command.command("kv-trace")
 @click.option(
     "--trace",
