@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROMPTS = ("prompt", "messages", "prompt_tokens")
 _OPTIONS = frozenset(RequestLine.__annotations__) - {*PROMPTS, "id", "request_id", "stream"}
-_OUTPUTS = ("text", "usage", "finish_reason", "choices", "logprobs", "prompt_logprobs")  # where they were asked for
+_OUTPUTS = ("text", "embedding", "usage", "finish_reason", "choices", "tool_calls", "logprobs", "prompt_logprobs")
 
 
 def parse_item(item: Any, options: Mapping[str, Any]) -> Request:
@@ -74,7 +74,7 @@ def _merge(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 
 def completion_item(completion: Completion, context: Any) -> dict[str, Any]:
-    """What comes of an item that was computed."""
+    """What comes of an item that was computed; of its fields those that were asked for are there."""
     found = completion_fields(completion)
     return {name: found[name] for name in _OUTPUTS if name in found} | {"context": context}
 

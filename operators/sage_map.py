@@ -69,8 +69,9 @@ class SageMap(Operator[SageMapConfig]):
     It gets what it would in a SAGE flow: of a completion `{"text", "usage", "finish_reason", "context"}`, where
     `context` is the request, of a request `{"prompt", "request_id"}`, or `messages` or `prompt_tokens` instead. What it
     returns, a dictionary or only its text, becomes the completion's text (of its first choice) or the request's prompt;
-    nothing else of them can change. `None` ends the record here. Its `execute` may block: it runs on another thread,
-    for one record at a time. If the function has a `close`, that is called at the end. TokenDeltas pass untouched.
+    nothing else of them can change, and of an embedding nothing. `None` ends the record here. Its `execute` may block:
+    it runs on another thread, for one record at a time. If the function has a `close`, that is called at the end.
+    TokenDeltas pass untouched.
 
     Guarantee: one record out for each record in, in order, on `out` or `error`, but for those that `None` ends, which
     are counted.
@@ -136,11 +137,14 @@ def _change_request(request: Request, result: Any) -> Request:
 
 
 def _change_completion(completion: Completion, result: Any) -> Completion:
-    item = {"text": result} if isinstance(result, str) else result
-    if not (isinstance(item, dict) and isinstance(item.get("text"), str)):
+    given = _item_of(completion)
+    may_change = given.keys() & {"text"}  # an embedding has none
+    item = {"text": result} if isinstance(result, str) and may_change else result
+    if not isinstance(item, dict) or (may_change and not isinstance(item.get("text"), str)):
         raise RequestError(f"found {result!r:.60}: return a text, or a dictionary with a 'text'")
-    _check_rest(item, _item_of(completion), {"text"})
-    completion.choices[0].text = item["text"]
+    _check_rest(item, given, may_change)
+    if may_change:
+        completion.choices[0].text = item["text"]
     return completion
 
 
@@ -149,4 +153,5 @@ def _check_rest(item: dict[str, Any], given: dict[str, Any], may_change: set[str
     for name, value in item.items():
         if name not in may_change and (name not in given or value != given[name]):
             what = "changed" if name in given else "new"
-            raise RequestError(f"{name!r} is {what}: only {' or '.join(sorted(may_change))} can be given back")
+            names = " or ".join(sorted(may_change)) or "None"
+            raise RequestError(f"{name!r} is {what}: only {names} can be given back")

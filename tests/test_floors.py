@@ -25,9 +25,7 @@ FLOORS = [
     {"cli", "integrations", "benchmarks"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
-SIDEWAYS = {
-    ("errors", "config"), ("config", "errors"), ("records", "errors"), ("cli", "benchmarks"), ("integrations", "cli"),
-}  # fmt: skip
+SIDEWAYS = {("errors", "config"), ("config", "errors"), ("records", "errors"), ("cli", "benchmarks")}
 GRAPH_MAY_IMPORT = {"errors", "config", "records", "graph"}
 WITHOUT_TORCH = ("errors", "config", "records", "graph", "operators", "runtime.flow", "runtime.scheduler", "cli")
 OUTSIDE = {"tests", "examples", "docs", "build", "dist", "out"}

@@ -47,7 +47,8 @@ class EngineUser:
         self._options = dict(options or {})
         try:
             check_options(self._options)
-            parse_item("?", self._options)
+            chat = {"messages": [{"role": "user", "content": "?"}]}
+            parse_item(chat if self._options.get("tools") else "?", self._options)  # tools are for chats only
         except RequestError as error:
             raise ConfigError(f"options: {error}") from error
 

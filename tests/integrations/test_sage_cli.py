@@ -79,6 +79,14 @@ def test_without_isage_everything_else_works():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_plugin_imports_nothing_that_could_be_missing():
+    """SAGE loads it for its own commands too, and would break with it."""
+    code = "import sys; had = {*sys.modules}; import sageLLM.cli.sage_plugin; print(*{*sys.modules} - had)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    others = {name for name in done.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names}
+    assert others == {"sageLLM", "sageLLM.cli", "sageLLM.cli.sage_plugin"}
+
+
 def test_importing_it_loads_no_torch():
     code = "import sys, sageLLM.integrations.sage; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -68,6 +68,24 @@ def test_messages_go_through_the_chat_template(env):
     assert kept[0]["finish_reason"] == "stop"
 
 
+def test_an_embedding_has_a_vector_for_a_text(env):
+    kept = []
+    env.from_batch(["a"]).map(Generate, config=TINY, options={"pooling": "mean"}).sink(Keep, kept)
+    env.submit(autostop=True)
+    assert kept[0].keys() == {"embedding", "usage", "finish_reason", "context"}
+    assert all(isinstance(number, float) for number in kept[0]["embedding"])
+
+
+def test_tools_give_tool_calls(env):
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+    kept, options = [], {"tools": [tool], **THREE}
+    item = {"messages": [{"role": "user", "content": "hi"}]}
+    env.from_batch([item, "a"]).map(Generate, config=NULL, options=options).sink(Keep, kept)
+    env.submit(autostop=True)
+    assert "tool_calls" in kept[0] or "tools" in kept[0]["error"], "a model without a form for calls says so"
+    assert "found tools without messages" in kept[1]["error"]
+
+
 FAILING = [
     (5, "found 5: write a text, or a dictionary"),
     ({"promt": "a"}, "found 'promt': an item needs one of prompt, messages, prompt_tokens"),

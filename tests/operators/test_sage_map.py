@@ -7,6 +7,7 @@ import sys
 import threading
 
 import anyio
+import numpy as np
 import pytest
 
 pytest.importorskip("sage.foundation", reason='needs SAGE: pip install "sagellm[sage]"')
@@ -199,6 +200,19 @@ def test_a_record_for_which_it_raises_is_a_dead_letter_and_the_others_go_on(mapp
     assert letters[0].request is requests[1]
     assert "tested: KeyError: 'prompt'" in letters[0].error
     assert counts == {"accepted": 3, "done": 2, "error": 1}
+
+
+def test_of_an_embedding_nothing_can_change(mapped, make_completion):
+    def embeddings():
+        completions = [make_completion("a", pooling="mean"), make_completion("b", pooling="mean")]
+        for completion in completions:
+            completion.embedding = np.ones(2, np.float32)
+        return completions
+
+    kept = embeddings()
+    assert mapped(Watched, kept)[0] == kept
+    _, letters, _ = mapped(Return, embeddings(), value={"embedding": [0.0, 0.0]})
+    assert "'embedding' is changed: only None can be given back" in letters[0].error
 
 
 def test_token_deltas_pass_untouched_and_together(drive, make_completion):

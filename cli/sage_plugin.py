@@ -1,4 +1,7 @@
-"""`sage llm ...` is `sagellm ...`: SAGE finds this through the entry-point group `sage.cli.plugins`."""
+"""`sage llm ...` is `sagellm ...`: SAGE finds this through the entry-point group `sage.cli.plugins`.
+
+SAGE imports it for each of its own commands, none of which works if that fails: so what it needs is imported at use.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _run(parsed: argparse.Namespace) -> Any:
-    from ...cli.main import cli
+    from .main import cli
 
     return cli(parsed.arguments, prog_name="sage llm")
