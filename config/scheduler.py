@@ -51,8 +51,8 @@ class SchedulerConfig(Config):
     calls, sockets), and each is a finish reason of its own. Lines of a file wait as long as it takes.
 
     `policy` orders what waits. `tenant_weights`, for FAIR_SHARE, are the tenants' shares, 1 where none is given. There
-    who holds less than its share of `max_batch_size` gets a lease even if others hold them all, so up to twice as many
-    may; no step decodes more than `max_batch_size`.
+    who holds none, or less than its share of `max_batch_size`, gets a lease even if others hold all, so up to twice
+    as many may; no step decodes more than `max_batch_size`.
     `max_overtakes`, for LONGEST_PREFIX and SHORTEST_JOB, is by how many later ones a sequence may be overtaken at most
     (None: 64).
     """

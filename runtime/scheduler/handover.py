@@ -1,6 +1,7 @@
 """Handover: a prompt is computed on one worker and decoded on another. Leases for both are granted together.
 
-So the KV's way is free before the first layer is computed, and nothing that runs can wait for room on the other side.
+So the KV's way is free before the first layer is computed, and nothing that runs can wait for room on the other side:
+a prompt has KV blocks on both sides or, preempted, on neither.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .lease import LeaseBook
+from ...kv_runtime.pool import NO_BLOCKS
+from .lease import Claim, LeaseBook
 from .plan import KVExport
 
 if TYPE_CHECKING:
@@ -48,6 +50,27 @@ class DecodeLeases(LeaseBook):
             lease.copy = None
         self._in_transit[id(sequence.request)] = (sequence, lease)
         return lease
+
+    def give_up_blocks(self, lease: Lease) -> None:
+        """A lease in transit keeps its slots only."""
+        with self._change():
+            freed = self.kv.release(lease.blocks) + self.kv.release(lease.fork_blocks)
+            lease.blocks = lease.fork_blocks = NO_BLOCKS
+            lease.hit_tokens = 0
+        if freed:
+            self.on_freed()
+
+    def take_blocks(self, sequence: Sequence, lease: Lease) -> bool:
+        """Give a lease the blocks again that it gave up; False if there are too few. It comes before rows that were
+        preempted here: these may wait for a claim, and the claim for it."""
+        with self._change():
+            generation = self.kv.generation
+            acquired = self.kv.acquire(self._wants([sequence]))
+            if not acquired:
+                return False
+            again = self._lay_out(sequence, lease.slots, acquired[0], generation)
+            lease.blocks, lease.fork_blocks, lease.generation = again.blocks, again.fork_blocks, generation
+        return True
 
     def withdraw(self, sequence: Sequence) -> None:
         """Nothing is announced here."""
@@ -121,9 +144,14 @@ class Handover:
         start, self.sent = self.sent, end
         return KVExport(slot, epoch, self.book.worker, start, end, source, target, done)
 
-    def start_again(self) -> None:
-        """The prompt is computed anew: send everything again."""
-        self.sent, self.error = self.lease.hit_tokens, None
+    def give_way(self) -> None:
+        """The prompt lost its KV blocks: those that it was to fill on the other side are free again as well."""
+        self.sent, self.error = 0, None
+        self.book.give_up_blocks(self.lease)
+
+    def come_back(self, sequence: Sequence) -> bool:
+        """Take blocks on the other side again; False if there are too few."""
+        return self.book.take_blocks(sequence, self.lease)
 
     def has_arrived(self, sequence: Sequence) -> bool:
         """Whether the whole prompt's KV lies in the lease's blocks."""
@@ -176,6 +204,42 @@ class PairedLeases:
         """Blocks on their way up from lower tiers."""
         return sum(book.num_fetching for book in self.prefill)
 
+    @property
+    def claimant(self) -> Sequence | None:
+        """See `LeaseBook.claimant`."""
+        return next((book.claimant for book in self.prefill if book.claim is not None), None)
+
+    @property
+    def has_room_for(self) -> Sequence | None:
+        """Whose claims have been met, on both sides."""
+        claims = [book.claim for book in self._all if book.claim is not None]
+        return claims[0].sequence if claims and all(claim.has_room for claim in claims) else None
+
+    def claim_for(self, sequence: Sequence | None) -> None:
+        """Have room made on both sides; see `LeaseBook.claim_for`."""
+        if sequence is None:
+            for book in self._all:
+                book.claim = None
+            return
+        route = self._routes[id(sequence)][0]
+        target = self._targets(sequence)[0] if sequence.request.pooling is None else None  # nothing is decoded
+        for book in self._all:
+            if book is not route and book is not target:
+                book.claim = None
+        if target is not None:
+            target.claim = Claim(sequence, self.policy.rank(sequence), target.lease_blocks(sequence), target.kv)
+        route.claim_for(sequence, None if target is None else target.claim)
+
+    def _targets(self, sequence: Sequence) -> list[DecodeLeases]:
+        """Where it could be decoded: first where it has a claim, then where most blocks are free."""
+        return sorted(self.decode, key=lambda book: (book.claimant is sequence, book.room()[1]), reverse=True)
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """See `LeaseBook.withdraw`."""
+        book, tokens = self._routes.pop(id(sequence))
+        self._announced[book.worker] -= tokens
+        book.withdraw(sequence)
+
     def look_below(self, sequence: Sequence) -> None:
         """Note on the sequence what lower tiers could bring up, at the prefill worker that then has most of it."""
         first, *others = self.prefill
@@ -227,8 +291,9 @@ class PairedLeases:
 
     def _route(self, sequence: Sequence) -> tuple[LeaseBook, int]:
         """Where the prompt is computed soonest, and how many tokens that is."""
-        if len(self.prefill) == 1:
-            return self.prefill[0], 0
+        claimed = [book for book in self.prefill if book.claimant is sequence]
+        if claimed or len(self.prefill) == 1:
+            return (claimed or self.prefill)[0], 0
         load = [book.load + announced for book, announced in zip(self.prefill, self._announced, strict=True)]
         own = {book.worker: len(sequence.prompt_tokens) - book.foreseen_hit(sequence) for book in self.prefill}
         best = min(self.prefill, key=lambda book: load[book.worker] + own[book.worker])
@@ -252,7 +317,7 @@ class PairedLeases:
     def _grant_pair(self, sequence: Sequence, route: LeaseBook) -> Lease | None:
         if sequence.request.pooling is not None:  # nothing is decoded
             return next(iter(route.grant([sequence])), None)
-        for book in sorted(self.decode, key=lambda book: book.room()[1], reverse=True):
+        for book in self._targets(sequence):
             if target := book.grant([sequence]):
                 break
         else:

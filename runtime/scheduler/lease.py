@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .policies import Policy
 
 Namespace = tuple[str, str]
+Rank = tuple[float, ...]
 PrefixKey = tuple[Namespace, bytes]  # and the first block's tokens
 
 
@@ -61,15 +62,25 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """KV blocks for a sequence that waits, which `Policy.may_claim`: rows with a larger rank give way to it.
+    """KV blocks for a sequence that waits, one of `Policy.claimants`: rows whose rank has a larger first place give way
+    to it.
 
-    Made by the waiting queue and met by the worker, which sets `has_room`.
+    Made by the flow's thread and met by the worker, which sets `has_room`. Where a prompt needs blocks of two workers
+    there are two claims; `beyond` is the other one, of the worker that decodes.
     """
 
     sequence: Sequence
-    rank: float
+    rank: Rank
     blocks: int  # that must be free
+    kv: KVCache  # where
+    beyond: Claim | None = None
     has_room: bool = False
+    has_none_behind: bool = False  # no row of that worker is left that gives way
+
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether blocks are lacking that only rows which are not on that worker yet can give way."""
+        return self.has_none_behind and self.kv.available() < self.blocks
 
 
 @dataclass(slots=True)
@@ -93,7 +104,7 @@ class LeaseBook:
     policy: Policy
     worker: int = 0
     paused: bool = False  # set by the worker while preempted rows wait for blocks: they come first
-    claim: Claim | None = None  # set by the waiting queue; once there is room it passes, paused or not
+    claim: Claim | None = None  # once there is room it passes, paused or not
     tiers: KVTiers | None = None  # below the pool
     _free: list[int] = field(init=False)
     _lock: Lock = field(default_factory=Lock)
@@ -227,9 +238,28 @@ class LeaseBook:
         return leases
 
     def _claimed(self, sequences: list[Sequence]) -> list[Sequence]:
-        claim = self.claim
-        passes = claim is not None and claim.has_room and bool(sequences) and sequences[0] is claim.sequence
-        return sequences[:1] if passes else []
+        return sequences[:1] if sequences and sequences[0] is self.has_room_for else []
+
+    @property
+    def claimant(self) -> Sequence | None:
+        """Whose claim there is."""
+        return self.claim.sequence if self.claim is not None else None
+
+    @property
+    def has_room_for(self) -> Sequence | None:
+        """Whose claim has been met."""
+        return self.claim.sequence if self.claim is not None and self.claim.has_room else None
+
+    def claim_for(self, sequence: Sequence | None, beyond: Claim | None = None) -> None:
+        """Have room made for one that waits, and has been announced; with None for nobody."""
+        if sequence is None:
+            self.claim = None
+            return
+        blocks, claim = self.estimate_blocks(sequence), self.claim
+        if claim is not None and claim.sequence is sequence:
+            # Room that was not enough: the cache spares it less than was estimated.
+            blocks = self.lease_blocks(sequence) if claim.has_room else claim.blocks
+        self.claim = Claim(sequence, self.policy.rank(sequence), blocks, self.kv, beyond)
 
     def withdraw(self, sequence: Sequence) -> None:
         """What `announce` noted does not come about for now."""

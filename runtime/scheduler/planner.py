@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .lease import Claim
+    from .prompt_turns import PromptTurns
     from .row_blocks import RowBlocks
     from .slo import ChunkBudget
     from .time_share import TimeShare
@@ -25,7 +26,7 @@ class Planner:
     none decode, they get the whole budget.
 
     `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them. Prompts are
-    computed in the order of `blocks.in_turn`.
+    computed in the order of `blocks.in_turn`, with `prompt_turns` in that one for each tenant.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Planner:
         max_decode_batch: int,
         time_share: TimeShare | None = None,
         chunk_budget: ChunkBudget | None = None,
+        prompt_turns: PromptTurns | None = None,
     ) -> None:
         self._table = table
         self._blocks = blocks
@@ -45,6 +47,7 @@ class Planner:
         self.max_decode_batch = max_decode_batch
         self._time_share = time_share
         self._chunk_budget = chunk_budget
+        self._prompt_turns = prompt_turns
 
     def plan(self, unread_steps: int, claim: Claim | None = None) -> StepPlan | None:
         """Plan one step, or None when nothing can be computed now.
@@ -113,7 +116,7 @@ class Planner:
         chunks: list[PromptChunk] = []
         if budget <= 0 or not table.has(RowState.PREFILL):
             return chunks
-        slots = self._blocks.in_turn(RowState.PREFILL)[: self.max_prefill_batch]
+        slots = self._prompts_in_turn()
         if self._chunk_budget is not None and len(decode):
             starts = table.computed[slots]
             work = (table.computed[decode] + 1, starts, table.target[slots] - starts, budget)
@@ -133,7 +136,31 @@ class Planner:
             budget -= end - start
             if budget <= 0:
                 break
+        if self._prompt_turns is not None:
+            self._charge(self._prompt_turns, chunks, lacks_tokens=budget <= 0)
         return chunks
+
+    def _prompts_in_turn(self) -> NDArray[np.int64]:
+        """Slots of the prompts that a step may compute, the first one first."""
+        table, limit = self._table, self.max_prefill_batch
+        slots = self._blocks.in_turn(RowState.PREFILL)
+        if self._prompt_turns is None:
+            return slots[:limit]
+        left = table.target[slots] - table.computed[slots]
+        shares = np.clip(left / self._max_step_tokens, 1 / limit, 1.0).tolist()
+        return slots[self._prompt_turns.order([self._tenant(slot) for slot in slots.tolist()], shares, limit)]
+
+    def _charge(self, turns: PromptTurns, chunks: list[PromptChunk], lacks_tokens: bool) -> None:
+        """Note who had which share of a step: of its tokens, or of its rows where there were tokens left."""
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        for chunk in chunks:
+            share = len(chunk.tokens) / tokens if lacks_tokens else 1 / len(chunks)
+            turns.take(self._tenant(chunk.slot), share)
+
+    def _tenant(self, slot: int) -> str:
+        row = self._table.rows[slot]
+        assert row is not None
+        return row.owner.sequence.request.tenant
 
     def _ask_beside_tokens(self, chunk: PromptChunk, tokens: NDArray[np.int32]) -> None:
         row = self._table.rows[chunk.slot]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import chain, takewhile
+from itertools import takewhile
 from math import inf
-from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from ...config import SchedulerMode, SchedulerPolicy
@@ -16,17 +13,16 @@ from ...errors import RequestError
 from .lease import may_reuse, namespace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from ...config import SchedulerConfig
     from ...kv_runtime.pool import Int32Array
     from ...records import Request, Sequence
-    from .lease import Namespace
+    from .lease import Namespace, Rank
 
     CountCached = Callable[[list[tuple[Int32Array, Namespace]]], list[int]]
 
 _DEFAULT_MAX_OVERTAKES = 64
-_OUTPUT_PRICE = 2  # what an output token counts in prompt tokens, as in VTC
 
 
 class Policy(Protocol):
@@ -52,12 +48,13 @@ class Policy(Protocol):
         """These wait no longer."""
         ...
 
-    def rank(self, sequence: Sequence) -> float:
+    def rank(self, sequence: Sequence) -> Rank:
         """Of sequences that run the smallest rank is computed first and the largest preempted; equals as admitted."""
         ...
 
-    def may_claim(self, sequence: Sequence) -> bool:
-        """Whether for one that is next in order rows with larger ranks are preempted, if it lacks only KV blocks."""
+    def claimants(self) -> Iterator[Sequence]:
+        """Those that wait and, if all they lack is KV blocks, may have rows preempted whose rank is larger in its first
+        place; the first to do so first."""
         ...
 
     def charge(self, sequence: Sequence) -> None:
@@ -84,6 +81,8 @@ def make_scheduler_policy(config: SchedulerConfig, count_cached: CountCached) ->
         case SchedulerPolicy.LONGEST_PREFIX:
             return LongestPrefix(max_overtakes, count_cached)
         case SchedulerPolicy.FAIR_SHARE:
+            from .fair_share import FairShare
+
             workers = (
                 config.num_workers
                 if config.mode is not SchedulerMode.STRICT
@@ -133,11 +132,11 @@ class FirstComeFirstServed:
                 return
             waiting.popleft()
 
-    def rank(self, sequence: Sequence) -> float:
-        return 0.0
+    def rank(self, sequence: Sequence) -> Rank:
+        return (0.0,)
 
-    def may_claim(self, sequence: Sequence) -> bool:
-        return False
+    def claimants(self) -> Iterator[Sequence]:
+        return iter(())
 
     def charge(self, sequence: Sequence) -> None:
         pass
@@ -152,8 +151,8 @@ class HighestPriority(FirstComeFirstServed):
     def add(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=self.rank)
 
-    def rank(self, sequence: Sequence) -> float:
-        return -sequence.request.priority
+    def rank(self, sequence: Sequence) -> Rank:
+        return (-sequence.request.priority,)
 
 
 class EarliestDeadline(HighestPriority):
@@ -162,9 +161,9 @@ class EarliestDeadline(HighestPriority):
     A deadline that has passed ends nothing: that is what the scheduler's timeouts are for.
     """
 
-    def rank(self, sequence: Sequence) -> float:
+    def rank(self, sequence: Sequence) -> Rank:
         request = sequence.request
-        return float("inf") if request.deadline_ms is None else request.arrival + request.deadline_ms / 1000
+        return (inf if request.deadline_ms is None else request.arrival + request.deadline_ms / 1000,)
 
 
 class ShortestJob(FirstComeFirstServed):
@@ -217,178 +216,3 @@ class LongestPrefix(ShortestJob):
         counts = self._count_cached(prompts)
         cached = {id(sequence): count for sequence, count in zip(reusing, counts, strict=True)}
         return sorted(sequences, key=lambda sequence: -cached.get(id(sequence), 0))
-
-
-@dataclass(slots=True)
-class _Account:
-    """What a tenant has had, in prompt tokens; an output token counts as `_OUTPUT_PRICE` of them."""
-
-    served: float  # divided by the tenant's weight
-    promised: int = 0  # for the leases that are out: the prompt and all the output that there may be
-    slots: int = 0  # of those leases
-    granted: int = 0  # promised for all leases so far
-    settled: int = 0  # of that for those that came back
-    remembered: bool = False  # listed to be forgotten once the level has come up to it
-
-
-class FairShare:
-    """The tenant that has the least, by tokens served and promised and divided by its weight, is next.
-
-    Tenants without a weight have 1. A lease promises its prompt and `max_new_tokens`; when it comes back, what was
-    computed has been served. A tenant that comes, or comes back after a while, starts at the level where the others
-    are: idling earns no credit. What is served raises the level by an equal share for each tenant that waits or runs,
-    so that who waits on is not passed by new tenants for ever. When KV blocks run out the tenant that has most gives
-    way.
-
-    A tenant that holds less than its share of all slots gets one even if others hold them all: `workers` with
-    `max_batch_size` each are shared, and there are twice as many. So a flood makes nobody wait until it is done with a
-    slot; those who hold more wait until the sum is below the bound again. Where KV blocks are what it lacks, it claims
-    them: rows that rank behind it are preempted.
-
-    These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
-    Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.
-    """
-
-    def __init__(self, max_batch_size: int, workers: int, weights: Mapping[str, float]) -> None:
-        self.max_slots: float = max_batch_size
-        self._shared_slots = max_batch_size * workers
-        self._slots = 0  # of all leases
-        self._weights = weights
-        self._queues: dict[str, FirstComeFirstServed] = {}  # of the tenants that wait
-        self._accounts: dict[str, _Account] = {}
-        self._level = 0.0  # at least what the tenant of the latest grant had been served
-        self._remembered: list[tuple[float, str]] = []  # a heap, by what they had been served then
-        self._present_weight = 0.0  # of the tenants that wait or have leases out
-        self._before: dict[int, int] = {}  # `granted` at the grant, by id of the sequence
-        self._lock = Lock()  # around the accounts, the level and which tenants wait
-
-    def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return chain.from_iterable(self._queues.values())
-
-    def add(self, sequence: Sequence) -> None:
-        tenant = sequence.request.tenant
-        if tenant not in self._queues:
-            with self._lock:
-                self._queues[tenant] = FirstComeFirstServed()
-                account = self._accounts.setdefault(tenant, _Account(self._level))
-                if not account.promised:
-                    self._present_weight += self._weight(tenant)
-                account.served = max(account.served, self._level)
-        self._queues[tenant].add(sequence)
-
-    def in_order(self) -> Iterator[Sequence]:
-        turns = {tenant: iter(queue) for tenant, queue in self._queues.items()}
-        had = {tenant: self._had(tenant) for tenant in turns}
-        slots = {tenant: self._accounts[tenant].slots for tenant in turns}
-        free = self._shared_slots - self._slots
-        while turns:
-            tenant = min(turns, key=had.__getitem__)
-            sequence = next(turns[tenant], None)
-            count = 0 if sequence is None else sequence.sampling.n
-            if sequence is None or (count > free and slots[tenant] + count > self._share(tenant)):
-                del turns[tenant]
-                continue
-            yield sequence
-            free -= count
-            slots[tenant] += count
-            had[tenant] += _promise(sequence) / self._weight(tenant)
-
-    def remove(self, sequences: list[Sequence]) -> None:
-        by_tenant: dict[str, list[Sequence]] = {}
-        for sequence in sequences:
-            by_tenant.setdefault(sequence.request.tenant, []).append(sequence)
-        for tenant, gone in by_tenant.items():
-            self._queues[tenant].remove(gone)
-            if not len(self._queues[tenant]):
-                with self._lock:
-                    del self._queues[tenant]
-                    self._leave_if_done(tenant)
-
-    def rank(self, sequence: Sequence) -> float:
-        """What the tenant has been served, and promised for the leases before this one; for all where it still waits.
-
-        So of two tenants the one that runs more rows has those it was granted last preempted first.
-        """
-        tenant = sequence.request.tenant
-        account = self._accounts[tenant]
-        ahead = max(0, self._before.get(id(sequence), account.granted) - account.settled)
-        return account.served + ahead / self._weight(tenant)
-
-    def may_claim(self, sequence: Sequence) -> bool:
-        tenant = sequence.request.tenant
-        return self._accounts[tenant].slots + sequence.sampling.n <= self._share(tenant)
-
-    def charge(self, sequence: Sequence) -> None:
-        with self._lock:
-            account = self._accounts[sequence.request.tenant]
-            self._raise_level(account.served)
-            account.promised += _promise(sequence)
-            account.slots += sequence.sampling.n
-            self._slots += sequence.sampling.n
-            self._before[id(sequence)] = account.granted
-            account.granted += _promise(sequence)
-
-    def settle(self, sequence: Sequence, used: bool) -> None:
-        tenant = sequence.request.tenant
-        with self._lock:
-            account = self._accounts[tenant]
-            if used:
-                prompt = len(sequence.prompt_tokens) - sequence.prefix_hit_tokens
-                output = sum(len(choice.output_tokens) for choice in sequence.choices)
-                cost, weight = prompt + _OUTPUT_PRICE * output, self._weight(tenant)
-                account.served += cost / weight
-                self._raise_level(self._level + cost / max(self._present_weight, weight))  # the sum is a rounded one
-            if not self._queues:  # what anybody was served now is at nobody's expense
-                self._raise_level(account.served)
-            account.slots -= sequence.sampling.n
-            self._slots -= sequence.sampling.n
-            self._before.pop(id(sequence), None)
-            account.settled += _promise(sequence)
-            account.promised -= _promise(sequence)  # last: until then nobody forgets the account
-            self._leave_if_done(tenant)
-
-    def _leave_if_done(self, tenant: str) -> None:
-        """A tenant that neither waits nor runs is absent; forget it, if it would start where it stands."""
-        account = self._accounts.get(tenant)
-        if account is None or account.promised or tenant in self._queues:
-            return
-        self._present_weight -= self._weight(tenant)
-        self._forget_or_remember(tenant, account)
-
-    def _forget_or_remember(self, tenant: str, account: _Account) -> None:
-        """Forget an absent tenant that would start where it stands, the others once that is so: O(log accounts)."""
-        if account.served > self._level:
-            if not account.remembered:
-                account.remembered = True
-                heappush(self._remembered, (account.served, tenant))
-        else:
-            del self._accounts[tenant]
-
-    def _raise_level(self, level: float) -> None:
-        self._level = max(self._level, level)
-        while self._remembered and self._remembered[0][0] <= self._level:
-            _, tenant = heappop(self._remembered)
-            account = self._accounts[tenant]
-            account.remembered = False
-            if not account.promised and tenant not in self._queues:
-                self._forget_or_remember(tenant, account)
-
-    def _share(self, tenant: str) -> float:
-        """Of the slots, among the tenants that are here."""
-        weight = self._weight(tenant)
-        return self._shared_slots * weight / max(self._present_weight, weight)
-
-    def _had(self, tenant: str) -> float:
-        account = self._accounts[tenant]
-        return account.served + account.promised / self._weight(tenant)
-
-    def _weight(self, tenant: str) -> float:
-        return self._weights.get(tenant, 1.0)
-
-
-def _promise(sequence: Sequence) -> int:
-    sampling = sequence.sampling
-    return len(sequence.prompt_tokens) + _OUTPUT_PRICE * sampling.max_new_tokens * sampling.n

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ...kv_runtime.cache import KVCache
     from ...records import Sequence
-    from .lease import Claim
+    from .lease import Claim, Rank
     from .resident import ResidentTable
     from .swap import Swap
 
@@ -39,7 +39,7 @@ class RowBlocks:
         self,
         table: ResidentTable,
         kv: KVCache,
-        rank: Callable[[Sequence], float],
+        rank: Callable[[Sequence], Rank],
         on_preempted: Callable[[int], None],
         leases_in_transit: Callable[[], bool],
     ) -> None:
@@ -57,10 +57,9 @@ class RowBlocks:
         slots = self._table.slots_in(*states)
         if len(slots) <= 1:
             return slots
-        ranks = [self._rank(row.owner.sequence) for slot in slots.tolist() if (row := self._table.rows[slot])]
-        return slots[np.argsort(ranks, kind="stable")]
+        return np.array(sorted(slots.tolist(), key=self._rank_at), np.int64)
 
-    def _rank_at(self, slot: int) -> float:
+    def _rank_at(self, slot: int) -> Rank:
         row = self._table.rows[slot]
         assert row is not None
         return self._rank(row.owner.sequence)
@@ -167,7 +166,7 @@ class RowBlocks:
         row = self._table.rows[slot]
         assert row is not None
         if row.owner.lease.handover is not None:
-            row.owner.lease.handover.start_again()
+            row.owner.lease.handover.give_way()
         self._forget_kv(slot, RowState.PREEMPTED)
 
     def _forget_kv(self, slot: int, state: RowState) -> None:
@@ -212,19 +211,38 @@ class RowBlocks:
             MustReadFirst: a row must be preempted, but `unread_steps` > 0.
         """
         first = self.in_turn(RowState.PREEMPTED)[:1].tolist()
-        if any(self._rank_at(slot) <= claim.rank for slot in first):
+        if any(self._rank_at(slot) < claim.rank for slot in first):
             claim.has_room = False
             return
-        table = self._table
-        while self.kv.available() < claim.blocks + np.count_nonzero(self._is_short(table.decoding())):
-            rows = self.in_turn(RowState.PREFILL, RowState.DECODE)
-            rows = rows[table.num_blocks[rows] > 0]
-            if not len(rows) or self._rank_at(rows[-1]) <= claim.rank:
+        while self._is_short_of(claim) or (claim.beyond is not None and claim.beyond.lacks_rows):
+            last = self._last_behind(claim)
+            claim.has_none_behind = last is None
+            if last is None:
                 break
             if unread_steps:
                 raise MustReadFirst
-            self._preempt_or_swap(int(rows[-1]))
+            self._preempt_or_swap(last)
         claim.has_room = self.kv.available() >= claim.blocks
+
+    def _is_short_of(self, claim: Claim) -> bool:
+        return self.kv.available() < claim.blocks + int(np.count_nonzero(self._is_short(self._table.decoding())))
+
+    def _last_behind(self, claim: Claim) -> int | None:
+        """The row that gives way to a claim next, None if there is none."""
+        behind = [
+            slot
+            for slot in self.in_turn(RowState.PREFILL, RowState.DECODE).tolist()
+            if self._table.num_blocks[slot] and self._rank_at(slot)[0] > claim.rank[0]
+        ]
+        if claim.beyond is not None and not self._is_short_of(
+            claim
+        ):  # only what a row has on the other side is lacking
+            behind = [slot for slot in behind if self._hands_over_to(claim.beyond.kv, slot)]
+        return behind[-1] if behind else None
+
+    def _hands_over_to(self, kv: KVCache, slot: int) -> bool:
+        row = self._table.rows[slot]
+        return row is not None and row.owner.lease.handover is not None and row.owner.lease.handover.book.kv is kv
 
     def resume(self, claim: Claim | None) -> None:
         """In turn, give preempted rows blocks for all their tokens and the next; stop at the first that waits.
@@ -234,7 +252,7 @@ class RowBlocks:
         if not self.has_preempted:
             return
         for slot in self.in_turn(RowState.PREEMPTED).tolist():
-            waits = claim is not None and self._rank_at(slot) > claim.rank
+            waits = claim is not None and self._rank_at(slot) >= claim.rank
             if waits or not self._resume(slot):
                 return
 
@@ -263,8 +281,9 @@ class RowBlocks:
             self.kv.release(match.blocks[len(whole.blocks) :])
             match = whole
             fresh = self.kv.allocate(needed - len(match.blocks))
-        if fresh is None:
-            self.kv.release(match.blocks)
+        handover = row.owner.lease.handover
+        if fresh is None or (handover is not None and not handover.come_back(sequence)):
+            self.kv.release(match.blocks if fresh is None else np.concatenate([match.blocks, fresh]))
             return False
         full, own = match.tokens // table.block_size, len(fresh) - forks
         row.owner.lease.fork_blocks = fresh[own:]

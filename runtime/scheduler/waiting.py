@@ -6,14 +6,15 @@ import time
 from typing import TYPE_CHECKING
 
 from ...records import Choice, FinishReason, Sequence
-from .lease import Claim, LeaseBook, PrefixHint
+from .lease import PrefixHint
 from .timeouts import NEVER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ...records import Request
     from .handover import PairedLeases
+    from .lease import LeaseBook
     from .timeouts import Timeouts
 
 
@@ -61,9 +62,8 @@ class WaitingQueue:
             self._interactive -= sequence.request.interactive
             self.tokens -= len(sequence.prompt_tokens)
             self.blocks -= self._leases.prompt_blocks(sequence)
-        claim = self._leases.claim if isinstance(self._leases, LeaseBook) else None
-        if claim is not None and any(sequence is claim.sequence for sequence in sequences):
-            self._claim_for(None)
+        if any(sequence is self._leases.claimant for sequence in sequences):
+            self._leases.claim_for(None)
 
     def clear(self) -> None:
         """Forget everybody: whoever queued them answers for them."""
@@ -72,17 +72,20 @@ class WaitingQueue:
     def take_granted(self) -> list[Sequence]:
         """Grant leases in the policy's order until one does not fit; the granted carry their lease in `kv`.
 
-        That one claims KV blocks if it lacks nothing else and the policy lets it. Where prompts are computed by other
-        workers than decode them nobody claims any.
+        Whose claim has been met comes before all others. Where KV blocks are what is lacking, one of the policy's
+        claimants claims them.
         """
         leases = self._leases
         self._looked_at = self._clock()
         slots, blocks = leases.room()
-        candidates: list[Sequence] = []
-        for sequence in self._waiting.in_order() if slots else ():
-            if sequence.sampling.n > slots or (blocks <= 0 and (candidates or not self._waiting.may_claim(sequence))):
+        first, candidates, lacks_blocks = leases.has_room_for, list[Sequence](), False
+        for sequence in self._in_order(first) if slots else ():
+            if sequence.sampling.n > slots:
                 break
-            if not self._is_fetching(sequence) and leases.announce(sequence):
+            if blocks <= 0 and sequence is not first:
+                lacks_blocks = True
+                break
+            if self._may_start(sequence):
                 candidates.append(sequence)
                 slots -= sequence.sampling.n
                 blocks -= leases.estimate_blocks(sequence)
@@ -94,21 +97,25 @@ class WaitingQueue:
             sequence.timings.scheduled = now
             granted.append(sequence)
         self._remove(granted)
-        self._claim_for(candidates[len(granted)] if len(granted) < len(candidates) else None)
+        self._claim(lacks_blocks or len(granted) < len(candidates))
         return granted
 
-    def _claim_for(self, sequence: Sequence | None) -> None:
-        leases = self._leases
-        if not isinstance(leases, LeaseBook):
-            return
-        if sequence is None or not leases.policy.may_claim(sequence):
-            leases.claim = None
-            return
-        blocks, claim = leases.estimate_blocks(sequence), leases.claim
-        if claim is not None and claim.sequence is sequence:
-            # Room that was not enough: the cache spares it less than was estimated.
-            blocks = leases.lease_blocks(sequence) if claim.has_room else claim.blocks
-        leases.claim = Claim(sequence, leases.policy.rank(sequence), blocks)
+    def _in_order(self, first: Sequence | None) -> Iterator[Sequence]:
+        if first is not None:
+            yield first
+        yield from (sequence for sequence in self._waiting.in_order() if sequence is not first)
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        """Announce it, unless it had better wait for a prefix that is fetched or computed."""
+        return not self._is_fetching(sequence) and self._leases.announce(sequence)
+
+    def _claim(self, lacks_blocks: bool) -> None:
+        for sequence in self._waiting.claimants() if lacks_blocks else ():
+            if self._may_start(sequence):
+                self._leases.claim_for(sequence)
+                self._leases.withdraw(sequence)
+                return
+        self._leases.claim_for(None)
 
     def _is_fetching(self, sequence: Sequence) -> bool:
         hint = sequence.kv

@@ -14,9 +14,11 @@ from functools import partial
 from threading import Condition
 from typing import TYPE_CHECKING, Any
 
+from ...config import SchedulerPolicy
 from ...errors import EngineClosedError, ExecutorLostError
 from ...records import FinishReason
 from ..scheduler.planner import Planner
+from ..scheduler.prompt_turns import PromptTurns
 from ..scheduler.resident import ResidentTable, RowState
 from ..scheduler.row_blocks import MustReadFirst, RowBlocks
 from ..scheduler.slo import make_chunk_budget
@@ -79,6 +81,7 @@ class Worker:
         self.blocks = RowBlocks(
             self._table, kv, leases.policy.rank, partial(readmit, executor, self._table), self._leases_in_transit
         )
+        is_fair = scheduler.policy is SchedulerPolicy.FAIR_SHARE
         self.planner = Planner(
             self._table,
             self.blocks,
@@ -87,6 +90,7 @@ class Worker:
             scheduler.max_decode_batch,
             time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,
             chunk_budget=self._chunk_budget,
+            prompt_turns=PromptTurns(scheduler.tenant_weights) if is_fair else None,
         )
         self._residents = Residents(
             self._table, self.blocks, executor, kv, leases, Timeouts.of(scheduler), make_stop_matcher, clock

@@ -1,0 +1,55 @@
+"""Whose prompts a step computes first, where tenants share its room for prompts. No torch."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+class PromptTurns:
+    """The tenant whose prompts have had the least of the steps, divided by its weight, is next.
+
+    A tenant that comes, or comes back, starts where the others are: absence earns no credit. This is start-time fair
+    queueing (Goyal et al., 1996); a prompt's length is the share of a step that it takes.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        """Tenants without a weight have 1."""
+        self._weights = weights
+        self._had: dict[str, float] = {}  # of those with prompts to compute, and of others that are above the level
+        self._level = 0.0  # where somebody who comes starts
+
+    def order(self, tenants: Sequence[str], shares: Sequence[float], limit: int) -> list[int]:
+        """The places of the first `limit` prompts in turn.
+
+        Each has its tenant, and which share of a step it takes if it is computed as far as it can be. Those of one
+        tenant stay in order.
+        """
+        queues: dict[str, deque[int]] = {}
+        for place, tenant in enumerate(tenants):
+            queues.setdefault(tenant, deque()).append(place)
+        self._meet(queues)
+        had = {tenant: self._had[tenant] for tenant in queues}
+        places: list[int] = []
+        while queues and len(places) < limit:
+            tenant = min(queues, key=had.__getitem__)
+            place = queues[tenant].popleft()
+            places.append(place)
+            had[tenant] += shares[place] / self._weights.get(tenant, 1.0)
+            if not queues[tenant]:
+                del queues[tenant]
+        return places
+
+    def _meet(self, present: Mapping[str, object]) -> None:
+        known = [had for tenant, had in self._had.items() if tenant in present]
+        self._level = max(self._level, min(known, default=self._level))
+        self._had = {tenant: had for tenant, had in self._had.items() if tenant in present or had > self._level}
+        for tenant in present:
+            self._had[tenant] = max(self._had.get(tenant, self._level), self._level)
+
+    def take(self, tenant: str, share: float) -> None:
+        """A step computes so much for a tenant that was in order."""
+        self._had[tenant] += share / self._weights.get(tenant, 1.0)
