@@ -13,6 +13,7 @@ from ..errors import SageLLMError
 VERBS = {
     "run": ("run", "Run a pipeline."),
     "serve": ("serve", "Answer OpenAI's API over HTTP."),
+    "send": ("send", "Send a file's requests to a pipeline that listens."),
     "validate": ("validate", "Check a pipeline and report every problem."),
     "graph": ("graph", "Draw a pipeline."),
     "operators": ("operators", "List operator types, or describe one."),

@@ -14,6 +14,7 @@ from sageLLM.graph import registry
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = (ROOT / "docs/pipelines.md").read_text(encoding="utf-8")
+SOCKETS = (ROOT / "docs/sockets.md").read_text(encoding="utf-8")
 
 
 def block(text: str, language: str, beginning: str) -> str:
@@ -67,6 +68,22 @@ def test_the_sources_promise_what_the_delivery_table_says(folder: Path) -> None:
 def test_the_stdin_pipeline_of_the_reference_is_valid(folder: Path) -> None:
     (folder / "ask.yaml").write_text(block(REFERENCE, "yaml", "# ask.yaml"))
     assert validate("ask.yaml")[0] == 0
+
+
+def test_the_pipeline_that_listens_is_valid(folder: Path) -> None:
+    (folder / "listen.yaml").write_text(block(SOCKETS, "yaml", "# listen.yaml"))
+    assert validate("listen.yaml")[0] == 0
+
+
+def test_the_keys_of_the_docs_are_keys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sageLLM.operators.sources.net.keys import KeyRing, KeysConfig
+
+    (folder / "keys.yaml").write_text(block(SOCKETS, "yaml", "# keys.yaml"))
+    monkeypatch.setenv("ALICE_KEY", "sesame")
+    ring = KeyRing.load(KeysConfig(keys="keys.yaml"), folder, lambda: 0.0)
+    alice, bob = ring.authenticate("sesame"), ring.authenticate("secret")
+    assert alice is not None and bob is not None
+    assert (alice.tenant, bob.tenant) == ("alice", "research")
 
 
 def test_the_function_of_the_reference_fits_where_it_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

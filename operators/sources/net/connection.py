@@ -241,9 +241,14 @@ class Connection:
     # -- out -----------------------------------------------------------------------------------------------------------
 
     def tell(self, fields: dict[str, Any], as_msgpack: bool) -> None:
-        """Queue one message for the peer."""
-        if not self._outbox.closed:
+        """Queue one message for the peer. Raises nothing: who tells it is not of this connection."""
+        if self._outbox.closed:
+            return
+        try:
             self._outbox.put(self._framing.encode(fields, as_msgpack))
+        except Exception:
+            log.exception("what %s was to be told cannot be written", self.peer)
+            self.cut()
 
     def end(self, request_id: str, fields: dict[str, Any], as_msgpack: bool) -> None:
         """A request has ended."""

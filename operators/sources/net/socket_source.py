@@ -117,6 +117,7 @@ class SocketSource(Operator[SocketConfigT]):
                     self._accepting.cancel()
             finally:
                 await self._end_connections()
+                connections.cancel_scope.cancel()  # those that are being refused
 
     async def close(self) -> None:
         for each in self._sockets:

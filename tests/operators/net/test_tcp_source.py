@@ -247,6 +247,30 @@ def test_a_failure_in_one_connection_stays_there(serve, endless, monkeypatch, ca
     assert "failed" in caplog.text
 
 
+def test_an_answer_that_cannot_be_written_cuts_its_connection_only(serve, monkeypatch, caplog):
+    from sageLLM.operators.sources.net import framing
+
+    encode = framing.JsonLines.encode
+
+    def stumble(self, fields, as_msgpack):
+        if fields["request_id"] == "stumble":
+            raise ZeroDivisionError("a bug")
+        return encode(self, fields, as_msgpack)
+
+    monkeypatch.setattr(framing.JsonLines, "encode", stumble)
+
+    async def body(server):
+        async with await server.connect() as client, await server.connect() as other:
+            await client.send({**HI, "id": "stumble"})
+            with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                await client.receive()
+            await other.send({**HI, "id": "b"})
+            assert (await other.ends(1))["b"]["event"] == "done"
+
+    serve(body)
+    assert "cannot be written" in caplog.text
+
+
 # -- overload, keys, TLS --------------------------------------------------------------------------------------------
 
 
