@@ -22,6 +22,7 @@ from ..scheduler.timeouts import NEVER, Timeouts
 from ..scheduler.waiting import end_unstarted
 from ..services import EngineServices
 from ..tiers import build_below, tier_blocks
+from ..worker.disaggregated import PrefillWorker
 from .executor import SimulatedExecutor
 from .tiers import SimulatedBlockIO, SimulatedFiles
 from .virtual_thread import VirtualThread
@@ -173,8 +174,15 @@ class SimulatedEngine:
         self._grants = False  # whether a grant is on its way
         self._looks_at = float("inf")  # whether the next fetch is late
         self.worker = worker = services.worker
+        # Who computes prompts for others holds blocks of their pools; nobody else touches another worker.
         self._threads = [
-            WorkerThread(each, executor, time, self._before_worker, repeats=repeats)
+            WorkerThread(
+                each,
+                executor,
+                time,
+                self.catch_up if isinstance(each, PrefillWorker) else lambda rank: None,
+                repeats=repeats,
+            )
             for each, executor in zip(worker.workers, self.executors, strict=True)
         ]
         for below in services.tiers:
