@@ -55,11 +55,12 @@ class SubmitRequests(EngineUser, SinkFunction):
             self._channel = find_channel(self._handle, self._name)
         if data is END:
             self._channel.end()
+            self._channel = None
         else:
             self._channel.submit(data, self._options, self._max_in_flight)
 
     def close(self) -> None:
-        """No more items come, as the item END says, too; SAGE calls this where no source of the flow has more."""
+        """What the item END says, from SAGE: where no source of the flow has more."""
         if self._channel is not None:
             self._channel.end()
             self._channel.close_if_drained()

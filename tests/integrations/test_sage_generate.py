@@ -113,11 +113,19 @@ def test_what_fails_is_an_output_with_an_error_and_the_others_go_on(env, item, t
 
 def test_what_has_failed_goes_through_as_it_is(env):
     kept = []
-    first = env.from_batch([5]).map(Generate, config=NULL)
-    first.map(Generate, config=NULL).map(GenerateBatch, config=NULL).sink(Keep, kept)
+    env.from_batch([5]).map(Generate, config=NULL).map(Generate, config=NULL).sink(Keep, kept)
     env.submit(autostop=True)
-    assert [output["context"] for output in kept[0]] == [kept[0][0]["context"]]
-    assert "GenerateBatch takes lists" in kept[0][0]["error"]
+    assert kept[0]["context"] == 5
+
+
+def test_generate_batch_takes_lists(env):
+    kept = []
+    env.from_batch(["a", [], ["a", 5]]).map(GenerateBatch, config=NULL, options=THREE).sink(Keep, kept)
+    env.submit(autostop=True)
+    (alone,), nothing, (good, bad) = kept
+    assert "GenerateBatch takes lists of items; for one, use Generate" in alone["error"]
+    assert nothing == []
+    assert (good["text"], "found 5" in bad["error"]) == ("bcd", True)
 
 
 def test_a_model_that_cannot_be_had_is_an_error_of_each_item(env, monkeypatch):

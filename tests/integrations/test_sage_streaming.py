@@ -90,6 +90,16 @@ def test_the_same_flow_may_run_again(env):
         assert ids_of(kept) == [*range(16)]
 
 
+def test_what_comes_after_end_is_of_another_flow():
+    submit = SubmitRequests(config=NULL, options=THREE)
+    for text in ("bcd", "cde"):
+        submit.execute("a" if text == "bcd" else "hi")
+        submit.execute(END)
+        complete = Completions(config=NULL)
+        assert complete.execute()["text"] == text
+        assert isinstance(complete.execute(), StopSignal)
+
+
 def test_what_fails_comes_out_with_an_error_and_the_stream_goes_on(env, stream):
     failed = {"error": "by a stage before", "context": 0}
 
