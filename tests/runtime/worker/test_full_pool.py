@@ -68,8 +68,8 @@ def test_random_mixes_that_fill_small_pools_all_end(bench, part):
             blocks=chosen.randint(4, 12),
             block_size=4,
             max_step_tokens=chosen.randint(1, 12),
-            max_batch_size=chosen.randint(2, 8),
-            max_prefill_batch=chosen.randint(1, 4),
+            max_batch_size=(slots := chosen.randint(2, 8)),
+            max_prefill_batch=min(slots, chosen.randint(1, 4)),
             launch_ahead=chosen.random() < 0.7,
         )
         accepted = []

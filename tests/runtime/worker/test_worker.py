@@ -281,14 +281,14 @@ def test_what_a_step_tells_late_is_not_taken_for_the_slots_next_row(bench, error
 @given(data=st.data())
 def test_any_mix_ends_without_leaks(bench, null_tokens, data):
     rng = random.Random(data.draw(st.integers(0, 2**32)))
-    blocks = data.draw(st.integers(24, 80))
+    blocks, slots = data.draw(st.integers(24, 80)), data.draw(st.integers(3, 8))
     b = bench(
         blocks=blocks,
         block_size=data.draw(st.sampled_from([1, 4, 16])) if blocks > 60 else 4,
         commit=data.draw(st.booleans()),
-        max_batch_size=data.draw(st.integers(3, 8)),
-        max_prefill_batch=data.draw(st.integers(1, 4)),
-        max_decode_batch=data.draw(st.integers(1, 8)),
+        max_batch_size=slots,
+        max_prefill_batch=data.draw(st.integers(1, min(4, slots))),
+        max_decode_batch=data.draw(st.integers(1, slots)),
         max_step_tokens=data.draw(st.integers(1, 40)),
         launch_ahead=data.draw(st.booleans()),
     )
