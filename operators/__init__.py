@@ -19,7 +19,16 @@ from . import (
 )
 from .functions import register_function
 from .sinks import jsonl_sink, reply_sink, stdout_sink, tcp_sink
-from .sources import call_source, http_source, jsonl_source, stdin_source, tcp_source, unix_source, websocket_source
+from .sources import (
+    call_source,
+    file_tail_source,
+    http_source,
+    jsonl_source,
+    stdin_source,
+    tcp_source,
+    unix_source,
+    websocket_source,
+)
 
 __all__ = [
     "ERROR_PORT",
@@ -31,6 +40,7 @@ __all__ = [
     "call_source",
     "decode",
     "detokenize",
+    "file_tail_source",
     "filter",
     "guide",
     "http_source",
