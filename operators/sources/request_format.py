@@ -13,9 +13,8 @@ change nothing.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
@@ -23,9 +22,10 @@ from typing_extensions import TypedDict
 
 from ...errors import RequestError
 from ...records import Pooling, Request, SamplingParams
-from .guide_fields import GuideFields, JSONSchema, ResponseFormat, guide_from_fields
+from .form_errors import explain
+from .guide_fields import GuideFields, guide_from_fields
 from .openai_fields import Null, Off, OpenAIFields
-from .tool_fields import TOOL_BRANCHES, CalledTool, ToolFields, form_of_tools, tools_from_fields
+from .tool_fields import CalledTool, ToolFields, tools_from_fields
 
 if TYPE_CHECKING:
     from ...records import SourcePosition
@@ -156,12 +156,6 @@ def _adapter(form: Any) -> TypeAdapter[dict[str, Any]]:
     return TypeAdapter(form)
 
 
-# pydantic adds the branch of a union that it tried to where the error is
-_UNION_BRANCHES = frozenset({"str", "int", "bool", "constrained-str", "constrained-int", "[key]", *TOOL_BRANCHES}) | {
-    f"list[{inner}]" for inner in ("str", "constrained-str", "constrained-int", "TextPart")
-}
-
-
 def parse_request(line: bytes, default_id: str, src: SourcePosition | None = None) -> Request:
     """Read one request from one line of JSON. `default_id` is its id if the line gives none.
 
@@ -182,7 +176,7 @@ def parse_json(form: Any, data: bytes) -> dict[str, Any]:
     try:
         return _adapter(form).validate_json(data)
     except ValidationError as error:
-        raise _explain(error, data, form) from None
+        raise explain(error, data, form) from None
 
 
 def request_from_fields(fields: dict[str, Any], default_id: str) -> Request:
@@ -194,7 +188,7 @@ def request_from_fields(fields: dict[str, Any], default_id: str) -> Request:
     try:
         data = _adapter(RequestLine).validate_python(fields)
     except ValidationError as error:
-        raise _explain(error, b"", RequestLine) from None
+        raise explain(error, fields, RequestLine) from None
     return _from_request_line(data, default_id, None)
 
 
@@ -334,66 +328,3 @@ def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     if isinstance(content, list):
         message["content"] = "\n".join(part["text"] for part in content)
     return message
-
-
-def _explain(error: ValidationError, line: bytes, form: type[Any]) -> RequestError:
-    problems: dict[str, list[str]] = {}
-    for detail in error.errors(include_url=False):
-        kind, loc = detail["type"], [str(part) for part in detail["loc"]]
-        if kind == "json_invalid":
-            return RequestError(_explain_syntax(detail["ctx"]["error"], line))
-        if kind == "dict_type" and not loc:
-            found = _json_type(detail["input"])
-            return RequestError(f'found a JSON {found}: write an object such as {{"prompt": "..."}}')
-        field = ".".join(part for part in loc if part not in _UNION_BRANCHES)
-        said = problems.setdefault(field, [])
-        message = detail["msg"].removeprefix("Input should be ")
-        if kind == "extra_forbidden":
-            said.append(_explain_unknown(loc, form))
-        elif kind == "missing":
-            said.append(f"missing field '{field}'")
-        elif said:
-            said.append(f" or {message}")
-        else:
-            should = "should be " if message != detail["msg"] else "but "
-            message = message.removeprefix("Value error, ")
-            said.append(f"{field}: found {_short(detail['input'])}, {should}{message[0].lower()}{message[1:]}")
-    return RequestError("; ".join("".join(said) for said in problems.values()), next(iter(problems)) or None)
-
-
-def _explain_syntax(reason: str, line: bytes) -> str:
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        return f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}"
-    return f"not JSON: {reason.replace('at line 1 column', 'at column')}"
-
-
-def _explain_unknown(loc: list[str], form: type[Any]) -> str:
-    fields = sorted(get_type_hints(_form_at(loc, form)))
-    near = get_close_matches(loc[-1], fields, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(fields)}"
-    return f"unknown field '{'.'.join(loc)}': {hint}"
-
-
-def _form_at(loc: list[str], form: type[Any]) -> Any:
-    """The form that the last field of a place should belong to."""
-    if "stream_options" in loc[:-1]:
-        return StreamOptions
-    if "response_format" in loc[:-1]:
-        return JSONSchema if "json_schema" in loc[:-1] else ResponseFormat
-    if (tool_form := form_of_tools(loc)) is not None:
-        return tool_form
-    if len(loc) > 2:
-        return TextPart
-    return BatchBody if form is BatchLine and loc[0] == "body" else form
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _json_type(value: Any) -> str:
-    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)

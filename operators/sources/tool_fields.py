@@ -13,8 +13,6 @@ from ...records import ToolChoice
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _OPEN = ConfigDict(extra="allow", strict=True)  # chat templates may know more
 
-TOOL_BRANCHES = ("literal['none','auto','required']", "ToolReference", "dict[str,any]")  # of unions, as pydantic says
-
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -89,13 +87,6 @@ def tools_from_fields(fields: dict[str, Any]) -> tuple[list[dict[str, Any]] | No
         return None, ToolChoice()
     plain = [{**tool, "function": _without_nulls(tool["function"])} for tool in tools]
     return plain, ToolChoice(required, name, fields.get("parallel_tool_calls") is not False)
-
-
-def form_of_tools(loc: list[str]) -> type[Any] | None:
-    """The form that the last field of a place should belong to, if that is one of these."""
-    forms = {"tools": (Tool, Function), "tool_choice": (ToolReference, FunctionReference)}
-    found = next((forms[name] for name in forms if name in loc[:-1]), None)
-    return None if found is None else found["function" in loc[:-1]]
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
