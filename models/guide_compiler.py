@@ -47,6 +47,11 @@ class GuideCompiler:
         self._compiled: OrderedDict[Guide, LLMatcher] = OrderedDict()
         self._lock = Lock()
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the model: so many logits there are."""
+        return self._model.vocab_size
+
     def check(self, guide: Guide) -> None:
         """Compile a guide, unless it is known: takes milliseconds, seconds at the worst.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -49,46 +49,41 @@ class GuideOutcome:
 class GuidedRows:
     """The guided rows of one executor, in their slots; masks have W words.
 
-    Its methods are called by one thread. They hand the work to a second one, which does it in order, rows in parallel:
-    `mask` waits for it, and so does who asks for what `advance` returns.
+    Its methods are called by one thread. They hand the work to a second one, which does it in order, rows in parallel.
     """
 
-    def __init__(self, compiler: GuideCompiler, num_slots: int) -> None:
+    def __init__(self, compiler: GuideCompiler, num_slots: int, on_host: bool) -> None:
+        """`on_host` says that logits are there, too."""
         self._compiler = compiler
         self._num_slots = num_slots
+        self._on_host = on_host
         self._rows: dict[int, _GuidedRow] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-guide")
-        self._newest: Future[Any] | None = None
 
     def admit(self, slot: int, guide: Guide, may_end: bool, outputs: tuple[int, ...]) -> None:
         """A row enters a slot, or is all that `outputs` tell of it."""
         row = self._rows[slot] = _GuidedRow(slot, may_end)
-        self._do(self._start, row, guide, outputs)
+        self._thread.submit(self._start, row, guide, outputs)
 
     def release(self, slot: int) -> None:
         """Forget a slot."""
         self._rows.pop(slot, None)
 
-    def mask(self, slots: NDArray[np.int64]) -> TokenMask | None:
+    def mask(self, slots: NDArray[np.int64]) -> Future[TokenMask] | None:
         """What the rows of a step, which are in `slots` [R], may choose; None if nothing guides any of them."""
         rows = [index for index, slot in enumerate(slots.tolist()) if slot in self._rows] if self._rows else []
-        if not rows or self._newest is None:
+        if not rows:
             return None
-        self._newest.result()
-        return TokenMask(np.array(rows, np.int64), self._bits[slots[rows]])
+        return self._thread.submit(self._make_mask, np.array(rows, np.int64), slots)
 
     def advance(self, mask: TokenMask, slots: NDArray[np.int64], tokens: Tensor) -> Future[GuideOutcome]:
         """The masked rows of a step in `slots` [R] have chosen `tokens` [R], on the device: find what may follow."""
         rows = [self._rows[slot] for slot in slots[mask.rows].tolist()]
-        return self._do(self._consume, [*zip(mask.rows.tolist(), rows, strict=True)], _copy_to_host(tokens))
+        return self._thread.submit(self._consume, [*zip(mask.rows.tolist(), rows, strict=True)], _copy_to_host(tokens))
 
     def close(self) -> None:
         """Wait for what is under way."""
         self._thread.shutdown()
-
-    def _do(self, job: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        self._newest = self._thread.submit(job, *arguments)
-        return self._newest
 
     # -- on the second thread ----------------------------------------------------------------------------------------
 
@@ -108,6 +103,12 @@ class GuidedRows:
         """[2, W]: the tokens of the model that are there for a row, by whether it may end."""
         text = self._compiler.text_bits
         return np.stack([text, text | self._compiler.eos_bits])
+
+    def _make_mask(self, rows: NDArray[np.int64], slots: NDArray[np.int64]) -> TokenMask:
+        mask = TokenMask(rows, self._bits[slots[rows]])
+        if self._on_host:
+            mask.unpack(self._compiler.vocab_size)
+        return mask
 
     def _start(self, row: _GuidedRow, guide: Guide, outputs: tuple[int, ...]) -> None:
         try:

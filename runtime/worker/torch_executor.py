@@ -82,7 +82,7 @@ class TorchExecutor:
         allocate = backend.allocate_kv if allocate_kv is None else partial(allocate_kv, backend)
         self._kv = allocate(shape, model.kv_dtype)
         self._sampling = SamplingState(num_slots, model.vocab_size, backend.device)
-        self._guided = None if guides is None else GuidedRows(guides, num_slots)
+        self._guided = None if guides is None else GuidedRows(guides, num_slots, backend.device.type == "cpu")
         self._newest = torch.zeros(num_slots, dtype=torch.int64, device=backend.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sagellm-device")
         self._rows: dict[int, tuple[Sequence, int]] = {}
@@ -171,6 +171,7 @@ class TorchExecutor:
         self._copy_blocks()
         self._admit_rows(plan)
         device = self._backend.device
+        coming = None if self._guided is None else self._guided.mask(plan.sample_slots)
         layout = self._lay_out(plan)
         input_ids = self._input_ids(plan)
         logit_rows, sample_at = self._logit_rows(plan)
@@ -183,7 +184,7 @@ class TorchExecutor:
             )
         if sample_at is not None:
             logits = logits[sample_at.to(device)]
-        mask = None if self._guided is None else self._guided.mask(plan.sample_slots)
+        mask = None if coming is None else coming.result()
         sampled = self._sampling.sample(logits, plan.sample_slots, plan.sample_steps, mask)
         self._newest[torch.from_numpy(plan.sample_slots).to(device)] = sampled.tokens
         if self._guided is None or mask is None:

@@ -294,6 +294,8 @@ def test_a_mask_leaves_a_choice_among_its_tokens_only(data):
     logits = torch.randn(4, vocab_size)
     before = logits.clone()
     mask = TokenMask(at, np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+    if data.draw(st.booleans()):
+        mask.unpack(vocab_size)
     mask.apply(logits)
     for index, tokens in zip(at, rows, strict=True):
         assert {*np.flatnonzero(torch.isfinite(logits[index]))} == tokens
