@@ -32,6 +32,16 @@ def overhead(requests: int, batch: int, profile: bool) -> None:
     click.echo(format_table(["requests", "seconds", "requests/s", "tokens/s", "us/request"], [row]))
 
 
+@command.command("http")
+@click.option("--seconds", default=5.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Each load.")
+@click.option("--connections", default=128, show_default=True, type=click.IntRange(1), help="Requests at once.")
+def http(seconds: float, connections: int) -> None:
+    """The HTTP API's cost on a null model, beside an application that only streams the same chunks."""
+    from ..benchmarks.http import measure_http
+
+    click.echo(measure_http(seconds, connections))
+
+
 @command.command("compare")
 @click.option("--peer", default="transformers", show_default=True, help="The engine to compare with.")
 @click.option("--workload", "workloads", multiple=True, help="One of the workloads; repeatable. Default: all.")

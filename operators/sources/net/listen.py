@@ -65,7 +65,7 @@ async def bind_tcp(name: str, config: ListenConfig) -> list[socket.socket]:
 
 
 def _listen(family: int, address: tuple[str | int, ...]) -> socket.socket:
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: asyncio sets TCP_NODELAY by it
     try:
         listening.setblocking(False)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

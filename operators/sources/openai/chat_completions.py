@@ -120,14 +120,20 @@ class ChatChunks:
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._tokenizer = call.service.tokenizer if request.sampling.logprobs is not None else None
         self._include_usage = include_usage
-        self._begun: set[int] = set()
+        self._begins: dict[int, bytes] = {}  # of chunks of text, for each choice that has begun
+        self._end = b'},"logprobs":null,"finish_reason":null}' + self._tail
         self._readers: dict[int, LogprobReader] = {}
 
     def take(self, index: int, reply: Reply) -> bytes:
         deltas, reply.deltas = reply.deltas, []
         parts: list[bytes] = []
         for delta in deltas:
-            logprobs = b"null" if self._tokenizer is None else self._logprobs_of(delta)
+            if self._tokenizer is None:
+                if delta.text:
+                    parts += self._role(delta.choice)
+                    parts += (self._begins[delta.choice], to_json(delta.text), self._end)
+                continue
+            logprobs = self._logprobs_of(delta)
             if delta.text or logprobs != b"null":
                 parts += self._role(delta.choice)
                 parts.append(self._chunk(delta.choice, b'{"content":%b}' % to_json(delta.text), logprobs, b"null"))
@@ -148,9 +154,9 @@ class ChatChunks:
         return b'%b],"usage":%b}\n\n' % (self._head, to_json(usage))
 
     def _role(self, choice: int) -> list[bytes]:
-        if choice in self._begun:
+        if choice in self._begins:
             return []
-        self._begun.add(choice)
+        self._begins[choice] = b'%b{"index":%d,"delta":{"content":' % (self._head, choice)
         return [self._chunk(choice, b'{"role":"assistant","content":""}', b"null", b"null")]
 
     def _chunk(self, choice: int, delta: bytes, logprobs: bytes, reason: bytes) -> bytes:

@@ -60,6 +60,13 @@ class Connection(HttpToolsProtocol):
         """Whether its client reads more slowly than is written."""
         return self.flow.write_paused
 
+    def write_chunk(self, data: bytes) -> None:
+        """Send a part of a streamed answer that has begun, never waiting: look at `is_stalled` before.
+
+        It does what the application's `send` does, which wants a task for every write.
+        """
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     def on_lost(self, listener: Callable[[], None] | None) -> None:
         """Whom to tell when the client goes away; one at a time, as one request at a time is answered."""
         self._on_lost = listener

@@ -11,7 +11,7 @@ from ....runtime.calls import Caller
 from .errors import HTTPError, failure_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ....records import DeadLetter, Request, TokenDelta
     from ....runtime.flow.ledger import Outcome
@@ -54,6 +54,9 @@ class Replies:
     def __init__(self, call: Call, requests: Sequence[Request]) -> None:
         self.replies = [Reply(self, request) for request in requests]
         self._call = call
+        self.is_silent = False  # for so long that it is time for a sign of life
+        self._push: Callable[[], bool] | None = None
+        self._pushing = False
         self._quiet = False
         self._news = False
         self._lost = self._cancelled = False
@@ -77,6 +80,7 @@ class Replies:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._push = None
         self._call.connection.on_lost(None)
         self._call.service.replies.discard(self)
         self._cancel()
@@ -119,22 +123,42 @@ class Replies:
                 raise failure
         return [reply.completion for reply in self.replies if reply.completion is not None]
 
+    def push_to(self, push: Callable[[], bool]) -> None:
+        """From now on call this, once in a turn of the event loop that has brought news. Where it returns False, `news`
+        has them."""
+        self._push = push
+
     def ring(self) -> None:
         """There is something new."""
-        self._news, self._quiet = True, False
-        if self._waiter is not None:
-            self._waiter.set()
+        self._quiet = False
+        if self._push is None:
+            self._wake()
+        elif not self._pushing:
+            self._pushing = True
+            self._call.connection.loop.call_soon(self._push_or_wake)
 
     def poke(self) -> None:
         """Ring, if nobody has since the last time."""
         if self._quiet:
-            self.ring()
+            self.is_silent = True
+            self._wake()
         self._quiet = True
+
+    def _push_or_wake(self) -> None:
+        self._pushing = False
+        if self._push is None or not self._push():
+            self._wake()
+
+    def _wake(self) -> None:
+        self._news = True
+        if self._waiter is not None:
+            self._waiter.set()
 
     def _lose(self) -> None:
         self._lost = True
+        self._push = None
         self._cancel()
-        self.ring()
+        self._wake()
 
     def _cancel(self) -> None:
         if self._cancelled:

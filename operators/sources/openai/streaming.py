@@ -27,6 +27,9 @@ class ChunkWriter(Protocol):
 async def stream_replies(call: Call, replies: Replies, writer: ChunkWriter) -> None:
     """Answer with a stream. What is pending goes out in one write, however much it is.
 
+    Between its beginning and its end no task runs for it: events are written as they come, unless the client reads too
+    slowly. Then they wait in the replies, which are bounded.
+
     A failure before the first event is an answer of its own; after it, an event `{"error": ...}` that ends the stream.
 
     Raises:
@@ -38,13 +41,27 @@ async def stream_replies(call: Call, replies: Replies, writer: ChunkWriter) -> N
         if (failure := replies.failure) is not None:
             raise failure
         await call.begin_stream()
+
+        def take() -> bytes:
+            return b"".join([writer.take(index, reply) for index, reply in enumerate(replies.replies)])
+
+        def push() -> bool:
+            if call.connection.is_stalled or replies.failure is not None or replies.have_ended:
+                return False
+            if data := take():
+                call.connection.write_chunk(data)
+            return True
+
+        replies.push_to(push)
         while True:
-            data = b"".join([writer.take(index, reply) for index, reply in enumerate(replies.replies)])
+            data = take()
             if (failure := replies.failure) is not None:
                 await call.stream(data + b"data: " + failure.body + b"\n\n" + _DONE, more=False)
                 return
             if replies.have_ended:
                 await call.stream(data + writer.finish(replies.replies) + _DONE, more=False)
                 return
-            await call.stream(data or _KEEP_ALIVE)
+            if data or replies.is_silent:
+                await call.stream(data or _KEEP_ALIVE)
+            replies.is_silent = False
             await replies.news()
