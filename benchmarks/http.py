@@ -113,8 +113,8 @@ class _Client:
 def _load(port: int, connections: int, seconds: float, ask: Any) -> Load:
     """Each connection sends a request, reads its answer, and sends the next, for so many seconds."""
     body = json.dumps(_BODY).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-    request = head % len(body) + body
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
     selector = selectors.DefaultSelector()
     clients = [_Client(port, request) for _ in range(connections)]
     cpu, _ = ask()
@@ -165,7 +165,7 @@ def _server(target: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _run_server(target: Any, pipe: Connection) -> None:
-    anyio.run(target, pipe, backend_options=event_loop_options())
+    anyio.run(target, pipe)
 
 
 async def _answer(pipe: Connection, port: int, ttft: Any) -> None:
@@ -238,7 +238,3 @@ async def _serve_bare(pipe: Connection) -> None:
     await _answer(pipe, listening.getsockname()[1], lambda: None)
     for each in server.servers:
         each.close()
-
-
-def event_loop_options() -> dict[str, Any]:
-    return {}

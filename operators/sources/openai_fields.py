@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic_core import core_schema
 from typing_extensions import TypedDict
 
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
-def _only(*values: Any) -> AfterValidator:
-    """Take null and these; `True` is not `1`."""
 
-    def check(found: Any) -> Any:
-        if found is None or any(found == value and type(found) is type(value) for value in values):
+@dataclass(frozen=True)
+class Only:
+    """Takes null and these values; `True` is not `1`."""
+
+    values: tuple[Any, ...]
+
+    def check(self, found: Any) -> Any:
+        if found is None or any(found == value and type(found) is type(value) for value in self.values):
             return None
         raise ValueError("it asks for what is not available yet: leave it out")
 
-    return AfterValidator(check)
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, core_schema.any_schema())
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [None, *self.values]}
+
+
+def _only(*values: Any) -> Only:
+    return Only(values)
 
 
 Null = Annotated[Any, _only()]

@@ -9,6 +9,7 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from ....errors import RequestError
+from ....records import FinishReason
 from ..request_format import ChatBody, parse_json, request_from_body
 from .endpoint import Endpoint
 from .logprobs import LogprobReader, chat_logprobs, prompt_logprobs, visible_logprobs
@@ -17,7 +18,7 @@ from .streaming import stream_replies
 from .usage import Usage, usage_of
 
 if TYPE_CHECKING:
-    from ....records import Choice, Completion, Request
+    from ....records import Choice, Completion, Request, TokenDelta, ToolCall
     from .call import Call
     from .replies import Reply
 
@@ -37,17 +38,31 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class CalledFunction(TypedDict):
+    """`arguments` is a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallObject(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCallObject]]
 
 
 class ChatChoice(TypedDict):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(TypedDict):
@@ -98,12 +113,26 @@ def _to_object(call: Call, completion: Completion) -> ChatCompletion:
 
 def _to_choice(call: Call, choice: Choice) -> Any:
     entries = visible_logprobs(choice)
+    message: AssistantMessage = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.tool_calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [_call_object(called) for called in choice.tool_calls]
     return {
         "index": choice.index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "message": message,
         "logprobs": None if entries is None else chat_logprobs(entries, call.service.tokenizer),
-        "finish_reason": choice.finish_reason,
+        "finish_reason": _finish_reason(choice),
     }
+
+
+def _call_object(called: ToolCall) -> ToolCallObject:
+    return {"id": called.id, "type": "function", "function": {"name": called.name, "arguments": called.arguments}}
+
+
+def _finish_reason(choice: Choice) -> str | None:
+    if choice.tool_calls and choice.finish_reason is FinishReason.STOP:
+        return "tool_calls"
+    return choice.finish_reason
 
 
 class ChatChunks:
@@ -123,6 +152,7 @@ class ChatChunks:
         self._begins: dict[int, bytes] = {}  # of chunks of text, for each choice that has begun
         self._end = b'},"logprobs":null,"finish_reason":null}' + self._tail
         self._readers: dict[int, LogprobReader] = {}
+        self._calls: dict[int, int] = {}  # how many each choice has made
 
     def take(self, index: int, reply: Reply) -> bytes:
         deltas, reply.deltas = reply.deltas, []
@@ -132,8 +162,13 @@ class ChatChunks:
                 if delta.text:
                     parts += self._role(delta.choice)
                     parts += (self._begins[delta.choice], to_json(delta.text), self._end)
+                if delta.tool_calls:
+                    parts += self._calls_of(delta, b"null")
                 continue
             logprobs = self._logprobs_of(delta)
+            if delta.tool_calls:
+                parts += self._calls_of(delta, logprobs)
+                logprobs = b"null"
             if delta.text or logprobs != b"null":
                 parts += self._role(delta.choice)
                 parts.append(self._chunk(delta.choice, b'{"content":%b}' % to_json(delta.text), logprobs, b"null"))
@@ -144,7 +179,7 @@ class ChatChunks:
                     rest = self._readers[choice.index].read_rest(choice)
                     logprobs = to_json(chat_logprobs(rest, self._tokenizer)) if rest else b"null"
                 parts += self._role(choice.index)
-                parts.append(self._chunk(choice.index, b"{}", logprobs, to_json(choice.finish_reason)))
+                parts.append(self._chunk(choice.index, b"{}", logprobs, to_json(_finish_reason(choice))))
         return b"".join(parts)
 
     def finish(self, replies: list[Reply]) -> bytes:
@@ -163,7 +198,14 @@ class ChatChunks:
         form = b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}%b'
         return form % (self._head, choice, delta, logprobs, reason, self._tail)
 
-    def _logprobs_of(self, delta: Any) -> bytes:
+    def _calls_of(self, delta: TokenDelta, logprobs: bytes) -> list[bytes]:
+        begun = self._calls.get(delta.choice, 0)
+        self._calls[delta.choice] = begun + len(delta.tool_calls)
+        calls = [{"index": begun + at, **_call_object(called)} for at, called in enumerate(delta.tool_calls)]
+        data = b'{"tool_calls":%b}' % to_json(calls)
+        return [*self._role(delta.choice), self._chunk(delta.choice, data, logprobs, b"null")]
+
+    def _logprobs_of(self, delta: TokenDelta) -> bytes:
         assert self._tokenizer is not None
         reader = self._readers.get(delta.choice)
         if reader is None:

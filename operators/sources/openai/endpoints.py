@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import chat_completions, completions, embeddings, health, models, tokens
+from . import chat_completions, completions, embeddings, health, models, openapi, tokens
 
 if TYPE_CHECKING:
     from .endpoint import Endpoint
@@ -19,4 +19,5 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     tokens.DETOKENIZE,
     health.HEALTH,
     health.READY,
+    openapi.ENDPOINT,
 )
