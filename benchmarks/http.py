@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -30,6 +31,7 @@ _BODY = {
     "max_tokens": OUTPUT_TOKENS,
     "stream": True,
 }
+_PIPELINE = Path(__file__).parent.parent / "pipelines" / "serve.yaml"
 _LAST = b"\r\n0\r\n\r\n"
 
 
@@ -182,7 +184,6 @@ async def _answer(pipe: Connection, port: int, ttft: Any) -> None:
 
 async def _serve_pipeline(pipe: Connection) -> None:
     from .. import operators  # noqa: F401 - registers the built-in stages
-    from ..cli.serve import DEFAULT_PIPELINE
     from ..graph import load_pipeline
     from ..operators.metrics import Metrics
     from ..runtime.assembly import assemble
@@ -192,7 +193,7 @@ async def _serve_pipeline(pipe: Connection) -> None:
     settings = ["model=builtin:null", "port=0", "engine.scheduler.max_batch_size=512"]
     settings += [f"engine.scheduler.{name}=512" for name in ("max_prefill_batch", "max_decode_batch")]
     settings += ["engine.scheduler.max_step_tokens=65536", "engine.kv_cache.max_tokens=262144"]
-    pipeline = load_pipeline(DEFAULT_PIPELINE, settings)
+    pipeline = load_pipeline(_PIPELINE, settings)
     services = EngineServices(pipeline.engine)
     flow = assemble(pipeline, services)
     async with flow.claimed(), anyio.create_task_group() as tasks:

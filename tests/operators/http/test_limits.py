@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPSConnection
+from pathlib import Path
 
+import anyio
 import pytest
 
 from sageLLM.errors import ConfigError
+from sageLLM.graph import load_pipeline
+from sageLLM.runtime.assembly import assemble
+from sageLLM.runtime.services import EngineServices
+
+from .conftest import SERVE
 
 PROMPT = {"prompt": "hello", "max_tokens": 3}
 ENDLESS = {"prompt": "hello", "max_tokens": 30000, "ignore_eos": True}
@@ -166,3 +174,27 @@ def test_who_waits_for_a_slot_sees_signs_of_life(serve, monkeypatch):
         lines = waiting.result(20)
     assert lines[0] == ": keep-alive"
     assert lines[-1] == "data: [DONE]"
+
+
+def test_over_tls(serve):
+    certificates = Path(__file__).parents[1] / "net" / "certificates"
+    tls = f"operators.source.tls={{cert: {certificates}/server.pem, key: {certificates}/server.key}}"
+    with serve(tls) as server:
+        assert server.source.address.startswith("https://")
+        context = ssl.create_default_context(cafile=certificates / "ca.pem")
+        connection = HTTPSConnection("localhost", server.port, timeout=20, context=context)
+        connection.request("POST", "/v1/completions", json.dumps(PROMPT), {"content-type": "application/json"})
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
+def test_another_event_loop_is_refused_in_words():
+    pipeline = load_pipeline(SERVE, ["model=builtin:null", "port=0"])
+    flow = assemble(pipeline, EngineServices(pipeline.engine))
+
+    async def main():
+        async with flow.claimed():
+            pass
+
+    with pytest.raises(ConfigError, match="needs asyncio's event loop"):
+        anyio.run(main, backend="trio")
