@@ -30,6 +30,14 @@ class OverheadReport:
     seconds: float
     profile: str | None
 
+    columns = ("requests", "seconds", "requests/s", "tokens/s", "us/request")
+
+    def row(self) -> list[str]:
+        """The cells of a table, under `columns`."""
+        cost = self.seconds / self.requests * 1e6
+        rates = [f"{rate:.0f}" for rate in (self.requests_per_second, self.tokens_per_second, cost)]
+        return [f"{self.requests}", f"{self.seconds:.2f}", *rates]
+
     @property
     def requests_per_second(self) -> float:
         return self.requests / self.seconds
@@ -61,15 +69,20 @@ def _write_requests(path: Path, count: int) -> None:
 
 
 def _build(folder: Path, batch: int) -> Pipeline:
+    source = {"type": "jsonl_source", "path": "in.jsonl", "on_error": "fail"}
+    return build_null_pipeline(folder, batch, source, {"type": "jsonl_sink", "path": "out.jsonl", "fsync": "never"})
+
+
+def build_null_pipeline(folder: Path, batch: int, source: dict[str, Any], sink: dict[str, Any]) -> Pipeline:
+    """Every stage, on the null model, with room for `batch` requests at once and as many that wait."""
     from .. import operators  # noqa: F401 - registers the built-in stages
     from ..graph import build_pipeline
 
-    stages = ["jsonl_source", "tokenize", "guide", "kv_lookup", "schedule", "prefill", "kv_commit", "decode"]
-    stages += ["detokenize", "metrics", "jsonl_sink"]
+    stages = ["source", "tokenize", "kv_lookup", "schedule", "prefill", "kv_commit", "decode", "detokenize"]
+    stages += ["metrics", "sink"]
     settings: dict[str, Any] = {stage: {} for stage in stages}
-    settings["jsonl_source"] = {"path": "in.jsonl", "on_error": "fail"}
-    settings["jsonl_sink"] = {"path": "out.jsonl", "fsync": "never"}
-    for stage in ("tokenize", "guide", "schedule", "prefill", "decode", "detokenize"):
+    settings |= {"source": source, "sink": sink}
+    for stage in ("tokenize", "schedule", "prefill", "decode", "detokenize"):
         settings[stage] = {"on_error": "fail"}
     settings["schedule"]["max_waiting"] = 2 * batch
     scheduler = {"max_batch_size": batch, "max_prefill_batch": batch, "max_decode_batch": batch}

@@ -25,11 +25,27 @@ def overhead(requests: int, batch: int, profile: bool) -> None:
     from ..benchmarks.overhead import measure_overhead
 
     report = measure_overhead(requests, batch, profile)
-    row = [f"{report.requests}", f"{report.seconds:.2f}", f"{report.requests_per_second:.0f}"]
-    row += [f"{report.tokens_per_second:.0f}", f"{report.seconds / report.requests * 1e6:.0f}"]
     if report.profile:
         click.echo(report.profile)
-    click.echo(format_table(["requests", "seconds", "requests/s", "tokens/s", "us/request"], [row]))
+    click.echo(format_table([*report.columns], [report.row()]))
+
+
+@command.command("sockets")
+@click.option("--requests", default=10_000, show_default=True, type=click.IntRange(1), help="How many requests.")
+@click.option("--batch", default=512, show_default=True, type=click.IntRange(1), help="Sequences that run at once.")
+@click.option(
+    "--connections", default=8, show_default=True, type=click.IntRange(1), help="Clients, in a process apart."
+)
+@click.option("--stream", is_flag=True, help="Each request streams its tokens.")
+def sockets(requests: int, batch: int, connections: int, stream: bool) -> None:
+    """The same over TCP connections, beside `overhead` in this process."""
+    from ..benchmarks.measurement import format_table
+    from ..benchmarks.overhead import OverheadReport, measure_overhead
+    from ..benchmarks.sockets import measure_sockets
+
+    over_sockets = measure_sockets(requests, batch, connections, stream)
+    rows = [["sockets", *over_sockets.row()], ["files", *measure_overhead(requests, batch).row()]]
+    click.echo(format_table(["", *OverheadReport.columns], rows))
 
 
 @command.command("http")

@@ -38,6 +38,13 @@ def test_overhead_can_say_where_the_time_went():
     assert "CPU time per request" in result.stdout
 
 
+def test_sockets_prints_itself_beside_files():
+    result = bench("sockets", "--requests", "60", "--batch", "32", "--connections", "3", "--stream")
+    assert result.exit_code == 0, result.output
+    _, _, *rows = result.stdout.splitlines()
+    assert [row.split()[:2] for row in rows] == [["sockets", "60"], ["files", "60"]]
+
+
 def test_compare_prints_ratios_to_the_peer(monkeypatch):
     def measure(name, seconds, tokens):
         class Fake:

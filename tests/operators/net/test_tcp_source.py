@@ -271,6 +271,23 @@ def test_an_answer_that_cannot_be_written_cuts_its_connection_only(serve, monkey
     assert "cannot be written" in caplog.text
 
 
+def test_the_operating_system_looks_for_peers_whose_machine_is_gone(serve):
+    async def body(server):
+        async with await server.connect() as client:
+            await client.send(HI)
+            await client.ends(1)
+            (connection,) = server.source._connections
+            raw = connection._stream.extra(SocketAttribute.raw_socket)
+            assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle, every, times = (
+                raw.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle + every * times <= 2 * 12
+
+    serve(body, {"keepalive_s": 12})
+
+
 # -- overload, keys, TLS --------------------------------------------------------------------------------------------
 
 
