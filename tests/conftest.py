@@ -10,6 +10,11 @@ import pytest
 if TYPE_CHECKING:
     from pathlib import Path
 
+
+def pytest_addoption(parser):
+    parser.addoption("--soak-minutes", type=float, default=2.0, help="how long tests/soak runs")
+
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] | trim + eos_token + '\\n' }}"
