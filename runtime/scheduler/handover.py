@@ -35,7 +35,7 @@ class DecodeLeases(LeaseBook):
     """
 
     _left: set[int]
-    on_freed: Callable[[], None]  # the end of a copy has set blocks free
+    on_freed: Callable[[], None]  # blocks of leases in transit, or of a copy, are free; from any thread
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +89,7 @@ class DecodeLeases(LeaseBook):
             return False
         self._left.discard(id(request))
         self.policy.settle(held[0], used=True)  # the prompt was computed, and nobody else settles it
+        self.on_freed()
         return True
 
     def take_back(self, request: Request) -> bool:
@@ -160,7 +161,8 @@ class Handover:
 
     def give_back(self, sequence: Sequence) -> None:
         """The sequence ended before it was handed over."""
-        self.book.take_back(sequence.request)
+        if self.book.take_back(sequence.request):
+            self.book.on_freed()
 
 
 class PairedLeases:

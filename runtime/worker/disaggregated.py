@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ class DecodeWorker(Worker):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._residents.before_end = self._keep_blocks_of
-        self._leases.on_freed = lambda: self.on_leases_returned()
+        self._leases.on_freed = self._blocks_freed
         self._kept: deque[tuple[int, NDArray[np.int32]]] = deque()  # until so many steps have been read
 
     def launch(self) -> bool:
@@ -124,6 +125,12 @@ class DecodeWorker(Worker):
         if len(blocks):
             self._kv.retain(blocks)
             self._kept.append((self.steps, blocks))
+
+    def _blocks_freed(self) -> None:
+        """By somebody else: rows that were preempted here may wait for them, too."""
+        self.on_leases_returned()
+        if self.blocks.has_preempted:
+            self.wake()
 
     def _let_go_of_read(self) -> None:
         read = self.steps - len(self._unread)
@@ -256,7 +263,15 @@ class DisaggregatedWorkers:
     @on_leases_returned.setter
     def on_leases_returned(self, wake: Callable[[], None]) -> None:
         for worker in self.workers:
-            worker.on_leases_returned = wake
+            is_prefill = isinstance(worker, PrefillWorker)
+            worker.on_leases_returned = wake if is_prefill else partial(self._decode_leases_returned, wake)
+
+    def _decode_leases_returned(self, wake: Callable[[], None]) -> None:
+        """Also prompts that were preempted may wait for blocks on this side."""
+        wake()
+        for worker in self._prefill:
+            if worker.blocks.has_preempted:
+                worker.wake()
 
     @property
     def steps(self) -> int:

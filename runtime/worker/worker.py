@@ -66,7 +66,7 @@ class Worker:
         self.on_prefilled: Callable[[list[Any]], None] = _nobody
         self.on_decoded: Callable[[list[Any]], None] = _nobody
         self.on_leases_returned: Callable[[], None] = lambda: None
-        self.on_submitted: Callable[[], None] = lambda: None
+        self.on_submitted: Callable[[], None] = lambda: None  # or `wake` was called
         self.workers = [self]
         self.steps = 0
         self._losses = 0
@@ -154,14 +154,15 @@ class Worker:
             self._woken = False
 
     def wake(self) -> None:
-        """End a `wait_for_work`, or the next one if none is under way."""
+        """End a `wait_for_work`, or the next one if none is under way: there may be something to do."""
         with self._wakeup:
             self._woken = True
             self._wakeup.notify()
+        self.on_submitted()
 
     @property
     def idle_limit_s(self) -> float | None:
-        """How long to idle at most: sequences that stand still may meet a deadline, or blocks freed elsewhere."""
+        """How long to idle at most: sequences that stand still may meet a deadline, or blocks that nobody told of."""
         return 0.05 if len(self._residents) else None
 
     # -- the step loop -----------------------------------------------------------------------------------------------
