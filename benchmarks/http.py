@@ -1,4 +1,5 @@
-"""`sagellm bench http`: what the HTTP API costs, against an application that only streams the same chunks.
+"""`sagellm bench http`: what the HTTP API costs, against the same pipeline called in its own process, and against an
+application that only streams the same chunks.
 
 The server is a process of its own; the load comes from here, by plain sockets that parse no more than they must.
 """
@@ -12,17 +13,25 @@ import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 
+from ..operators.sources.request_format import ChatBody, parse_json, request_from_body
+from ..runtime.calls import Caller
 from .measurement import format_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
+
+    from ..operators.sources.net.intake import Intake
+    from ..records import Completion, DeadLetter, TokenDelta
+    from ..runtime.flow.ledger import Outcome
 
 OUTPUT_TOKENS = 16
 _BODY = {
@@ -37,41 +46,39 @@ _LAST = b"\r\n0\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What came of a load. `cpu_us` is the server's CPU time for a request; `pipeline_ms` the median TTFT that the
-    pipeline itself has measured, from a request's arrival to its first token (None: there is no pipeline)."""
+    """What came of a load; `cpu_seconds` are the server's."""
 
-    requests: int
-    seconds: float
     ttft_ms: list[float]
-    cpu_us: float
-    pipeline_ms: float | None
-
-    @property
-    def requests_per_second(self) -> float:
-        return self.requests / self.seconds
+    seconds: float
+    cpu_seconds: float
 
     @property
     def median_ttft_ms(self) -> float:
         return statistics.median(self.ttft_ms)
 
+    def row(self, name: str, connections: int) -> list[str]:
+        count = len(self.ttft_ms)
+        cells = [f"{count / self.seconds:.0f}", f"{self.median_ttft_ms:.2f}", f"{self.cpu_seconds / count * 1e6:.0f}"]
+        return [name, f"{connections}", *cells]
+
 
 def measure_http(seconds: float, connections: int) -> str:
-    """Load the server and the bare application one after the other, alone and with many connections; a table."""
-    rows = []
-    added = 0.0
-    for name, target in (("sagellm", _serve_pipeline), ("bare uvicorn", _serve_bare)):
-        for count in (1, connections):
-            with _server(target) as (port, ask):
-                _load(port, count, min(1.0, seconds), ask)  # warm
-                load = _load(port, count, seconds, ask)
-            pipeline = "" if load.pipeline_ms is None else f"{load.pipeline_ms:.2f}"
-            if count == 1 and load.pipeline_ms is not None:
-                added = load.median_ttft_ms - load.pipeline_ms
-            rows.append([
-                name, f"{count}", f"{load.requests_per_second:.0f}", f"{load.median_ttft_ms:.2f}", pipeline,
-                f"{load.cpu_us:.0f}",
-            ])  # fmt: skip
-    header = ["server", "connections", "requests/s", "TTFT ms", "of it pipeline", "server CPU us/request"]
+    """Load each with one request at a time and with many, after a warm-up; a table, and what HTTP adds to the TTFT."""
+    rows, alone = [], {}
+    for name, target, send in (
+        ("in process", _serve_pipeline, _load_inside),
+        ("http", _serve_pipeline, _load),
+        ("bare uvicorn", _serve_bare, _load),
+    ):
+        with _server(target) as server:
+            for count in (1, connections):
+                send(server, count, min(1.0, seconds))
+                load = send(server, count, seconds)
+                rows.append(load.row(name, count))
+                if count == 1:
+                    alone[name] = load.median_ttft_ms
+    header = ["", "at once", "requests/s", "TTFT ms", "server CPU us/request"]
+    added = alone["http"] - alone["in process"]
     told = f"HTTP adds {added:.2f} ms to the TTFT of a request that is alone ({OUTPUT_TOKENS} tokens, null model)"
     return f"{format_table(header, rows)}\n{told}"
 
@@ -112,55 +119,64 @@ class _Client:
         return self._tail == _LAST
 
 
-def _load(port: int, connections: int, seconds: float, ask: Any) -> Load:
+def _load(server: _Server, connections: int, seconds: float) -> Load:
     """Each connection sends a request, reads its answer, and sends the next, for so many seconds."""
     body = json.dumps(_BODY).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
     selector = selectors.DefaultSelector()
-    clients = [_Client(port, request) for _ in range(connections)]
-    cpu, _ = ask()
-    begun = time.perf_counter()
+    clients = [_Client(server.port, request) for _ in range(connections)]
+    cpu, begun = server.ask(), time.perf_counter()
     for client in clients:
         selector.register(client.socket, selectors.EVENT_READ, client)
         client.send()
-    ttft, running = [], connections
+    ttft_ms, running = [], connections
     while running:
         for key, _ in selector.select():
             client = key.data
             if client.read():
-                ttft.append(client.ttft * 1000)
+                ttft_ms.append(client.ttft * 1000)
                 if time.perf_counter() - begun < seconds:
                     client.send()
                 else:
                     running -= 1
-    taken = time.perf_counter() - begun
-    cpu_after, pipeline_ms = ask()
+    load = Load(ttft_ms, time.perf_counter() - begun, server.ask() - cpu)
     for client in clients:
         client.socket.close()
     selector.close()
-    return Load(len(ttft), taken, ttft, (cpu_after - cpu) / len(ttft) * 1e6, pipeline_ms)
+    return load
+
+
+def _load_inside(server: _Server, connections: int, seconds: float) -> Load:
+    """The same requests, submitted by the server's own process."""
+    answer: Load = server.ask((connections, seconds))
+    return answer
 
 
 # -- the servers -------------------------------------------------------------------------------------------------------
 
 
+class _Server:
+    """A server process: its port, and its CPU seconds so far, or a load that it is to make itself."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self.port: int = pipe.recv()
+
+    def ask(self, load: tuple[int, float] | None = None) -> Any:
+        self._pipe.send(load)
+        return self._pipe.recv()
+
+
 @contextmanager
-def _server(target: Any) -> Iterator[tuple[int, Any]]:
-    """A server process: its port, and a function that tells its CPU seconds and its pipeline's median TTFT in ms."""
+def _server(target: Any) -> Iterator[_Server]:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_server, args=(target, theirs), daemon=True)
     process.start()
     theirs.close()
-
-    def ask() -> tuple[float, float | None]:
-        ours.send("how is it")
-        answer: tuple[float, float | None] = ours.recv()
-        return answer
-
     try:
-        yield ours.recv(), ask
+        yield _Server(ours)
     finally:
         ours.close()
         process.join()
@@ -170,22 +186,58 @@ def _run_server(target: Any, pipe: Connection) -> None:
     anyio.run(target, pipe)
 
 
-async def _answer(pipe: Connection, port: int, ttft: Any) -> None:
-    """Tell the port, then how it is as often as asked, until nobody listens any more."""
+async def _answer(pipe: Connection, port: int, make_load: Any = None) -> None:
+    """Tell the port, then what is asked, until nobody listens any more."""
     pipe.send(port)
     while True:
         await anyio.wait_readable(pipe)
         try:
-            pipe.recv()
+            load = pipe.recv()
         except EOFError:
             return
-        pipe.send((time.process_time(), ttft()))
+        pipe.send(time.process_time() if load is None else await make_load(*load))
+
+
+class _Timed(Caller):
+    """Notes the time of its first token, and waits for its end."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.ttft_ms: float | None = None
+        self.told = anyio.Event()
+
+    def receive_delta(self, delta: TokenDelta) -> None:
+        if self.ttft_ms is None:
+            self.ttft_ms = (time.perf_counter() - self.begun) * 1000
+
+    def receive_end(self, record: Completion | DeadLetter | None, outcome: Outcome) -> None:
+        if self.ttft_ms is None:
+            raise RuntimeError(f"a request ended with {outcome} and without a token")
+        self.told.set()
+
+
+async def _submit_inside(intake: Intake, connections: int, seconds: float) -> Load:
+    ttft_ms: list[float] = []
+    cpu, begun = time.process_time(), time.perf_counter()
+
+    async def go_on() -> None:
+        while time.perf_counter() - begun < seconds:
+            caller = _Timed()
+            intake.submit(request_from_body(parse_json(ChatBody, json.dumps(_BODY).encode()), "r"), caller)
+            await caller.told.wait()
+            assert caller.ttft_ms is not None
+            ttft_ms.append(caller.ttft_ms)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(connections):
+            tasks.start_soon(go_on)
+    return Load(ttft_ms, time.perf_counter() - begun, time.process_time() - cpu)
 
 
 async def _serve_pipeline(pipe: Connection) -> None:
     from .. import operators  # noqa: F401 - registers the built-in stages
     from ..graph import load_pipeline
-    from ..operators.metrics import Metrics
+    from ..operators.sources.http_source import HttpSource
     from ..runtime.assembly import assemble
     from ..runtime.garbage import collect_rarely
     from ..runtime.services import EngineServices
@@ -202,11 +254,13 @@ async def _serve_pipeline(pipe: Connection) -> None:
         async with services.running():
             tasks.start_soon(flow.run)
             await flow.running.wait()
-            source, metrics = flow.operators["source"], flow.operators["metrics"]
+            source = flow.operators["source"]
+            assert isinstance(source, HttpSource)
             assert source.address is not None
-            assert isinstance(metrics, Metrics)
+            while source.intake is None:
+                await anyio.lowlevel.checkpoint()
             port = int(source.address.rpartition(":")[2])
-            await _answer(pipe, port, lambda: metrics.summary().ttft_ms.p50)
+            await _answer(pipe, port, partial(_submit_inside, source.intake))
             tasks.cancel_scope.cancel()
 
 
@@ -236,6 +290,6 @@ async def _serve_bare(pipe: Connection) -> None:
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
     await server.startup([listening])
-    await _answer(pipe, listening.getsockname()[1], lambda: None)
+    await _answer(pipe, listening.getsockname()[1])
     for each in server.servers:
         each.close()

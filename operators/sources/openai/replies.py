@@ -44,7 +44,7 @@ class Reply(Caller):
         self.failure = failure_of(record, outcome)
         if self.failure is None and isinstance(record, Completion):
             self.completion = record
-        self._replies.ring()
+        self._replies.count_end(self.failure)
 
 
 class Replies:
@@ -53,10 +53,13 @@ class Replies:
 
     def __init__(self, call: Call, requests: Sequence[Request]) -> None:
         self.replies = [Reply(self, request) for request in requests]
+        self.failure: HTTPError | None = None  # the first, if there is one
         self._call = call
+        self._open = len(requests)
         self.is_silent = False  # for so long that it is time for a sign of life
         self._push: Callable[[], bool] | None = None
         self._pushing = False
+        self._error: Exception | None = None  # of a push
         self._quiet = False
         self._news = False
         self._lost = self._cancelled = False
@@ -86,13 +89,15 @@ class Replies:
         self._cancel()
 
     @property
-    def failure(self) -> HTTPError | None:
-        """The first failure, if there is one."""
-        return next((reply.failure for reply in self.replies if reply.failure is not None), None)
-
-    @property
     def have_ended(self) -> bool:
-        return all(reply.has_ended for reply in self.replies)
+        """Whether all have."""
+        return not self._open
+
+    def count_end(self, failure: HTTPError | None) -> None:
+        """One of the requests has ended."""
+        self._open -= 1
+        self.failure = self.failure or failure
+        self.ring()
 
     async def news(self) -> None:
         """Wait until there is something new, if only that it is time to show a sign of life.
@@ -107,6 +112,8 @@ class Replies:
             finally:
                 self._waiter = None
         self._news = False
+        if self._error is not None:
+            raise self._error
         if self._lost:
             raise ClientGoneError
 
@@ -117,10 +124,10 @@ class Replies:
             HTTPError: one of them has failed.
             ClientGoneError: the client has closed its connection.
         """
-        while not self.have_ended:
+        while not self.have_ended and self.failure is None:
             await self.news()
-            if (failure := self.failure) is not None:
-                raise failure
+        if self.failure is not None:
+            raise self.failure
         return [reply.completion for reply in self.replies if reply.completion is not None]
 
     def push_to(self, push: Callable[[], bool]) -> None:
@@ -135,7 +142,7 @@ class Replies:
             self._wake()
         elif not self._pushing:
             self._pushing = True
-            self._call.connection.loop.call_soon(self._push_or_wake)
+            self._call.service.push_soon(self, self._call.connection.loop)
 
     def poke(self) -> None:
         """Ring, if nobody has since the last time."""
@@ -144,10 +151,15 @@ class Replies:
             self._wake()
         self._quiet = True
 
-    def _push_or_wake(self) -> None:
+    def push_or_wake(self) -> None:
+        """Push the news, or let `news` have them."""
         self._pushing = False
-        if self._push is None or not self._push():
-            self._wake()
+        try:
+            if self._push is not None and self._push():
+                return
+        except Exception as error:  # it is this call's, and no other's
+            self._push, self._error = None, error
+        self._wake()
 
     def _wake(self) -> None:
         self._news = True

@@ -34,6 +34,7 @@ class Service:
         self.intake: Intake | None = None
         self.is_draining = False
         self.replies: set[Replies] = set()  # of the calls that wait
+        self._to_push: list[Replies] = []
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -93,6 +94,17 @@ class Service:
     def cancel(self, requests: list[Request]) -> None:
         if self.intake is not None:
             self.intake.cancel(requests)
+
+    def push_soon(self, replies: Replies, loop: Any) -> None:
+        """Push this one's news when the events of this turn of the event loop have all been told."""
+        if not self._to_push:
+            loop.call_soon(self._push)
+        self._to_push.append(replies)
+
+    def _push(self) -> None:
+        to_push, self._to_push = self._to_push, []
+        for replies in to_push:
+            replies.push_or_wake()
 
     def keep_alive(self) -> None:
         """Let each call that has heard nothing for a while show a sign of life."""

@@ -43,6 +43,8 @@ async def stream_replies(call: Call, replies: Replies, writer: ChunkWriter) -> N
         await call.begin_stream()
 
         def take() -> bytes:
+            if len(replies.replies) == 1:
+                return writer.take(0, replies.replies[0])
             return b"".join([writer.take(index, reply) for index, reply in enumerate(replies.replies)])
 
         def push() -> bool:
