@@ -81,6 +81,8 @@ def _read_msgpack(data: bytes, default_id: str) -> Request | Cancel | Authorizat
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         reason = str(error) or type(error).__name__  # a key that is a list cannot be hashed: TypeError
         raise MessageError(f"not MessagePack: {reason}") from None
+    if not isinstance(fields, dict):
+        raise MessageError(f'found a {type(fields).__name__}: write a map such as {{"prompt": "..."}}')
     control = _read_control(fields)
     if control is not None:
         return control

@@ -74,6 +74,7 @@ def test_any_bytes_give_the_same_messages_however_they_are_cut(kind, data, place
 @settings(deadline=None)
 @given(data=streams)
 @example(data=prefixed(msgpack.packb({"logit_bias": {1: float("nan")}, "prompt": "x"})))
+@example(data=prefixed(msgpack.packb(b"")))
 @example(data=prefixed(b"\x81\x90\x01"))  # a list as a key
 @example(data=prefixed(b"\x91" * 5000))
 @example(data=b"[" * 5000 + b"\n")

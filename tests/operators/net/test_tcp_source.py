@@ -158,7 +158,7 @@ def test_a_message_that_is_no_msgpack_is_an_error_and_the_connection_lives(serve
             assert [event["message"] for event in told] == [1, 2, 3]
             assert told[0]["error"].startswith("not MessagePack")
             assert told[1]["error"] == "the message has 4096 bytes, max_message_bytes is 1000"
-            assert "JSON array" in told[2]["error"]
+            assert told[2]["error"].startswith("found a list: write a map")
             assert (await client.ends(1))["b"]["event"] == "done"
 
     serve(body, {"max_message_bytes": 1000, "framing": "msgpack"})
@@ -183,6 +183,8 @@ def test_an_id_that_is_in_flight_is_refused_and_the_first_one_goes_on(serve, end
 
 def test_a_slow_reader_is_cut_off_and_nobody_waits_for_it(serve, endless):
     async def body(server):
+        for listening in server.source._sockets:  # else the system's own buffers take megabytes
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1024)
         slow, quick = await server.connect(), await server.connect()
         slow.stream.extra(SocketAttribute.raw_socket).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         await slow.send(*(endless(f"s{n}", stream=True) for n in range(4)))
