@@ -17,11 +17,12 @@ class Only:
     """Takes null and these values; `True` is not `1`."""
 
     values: tuple[Any, ...]
+    why: str = "it asks for what is not available yet: leave it out"
 
     def check(self, found: Any) -> Any:
         if found is None or any(found == value and type(found) is type(value) for value in self.values):
             return None
-        raise ValueError("it asks for what is not available yet: leave it out")
+        raise ValueError(self.why)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_after_validator_function(self.check, core_schema.any_schema())

@@ -58,7 +58,9 @@ class Message(TypedDict, total=False):
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
-class SamplingFields(TypedDict, total=False):
+class OutputFields(TypedDict, total=False):
+    """How one output is sampled."""
+
     min_tokens: Annotated[int, Field(ge=0)] | None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     top_k: Annotated[int, Field(ge=0)] | None
@@ -72,6 +74,9 @@ class SamplingFields(TypedDict, total=False):
     stop: Text | list[Text] | None
     stop_token_ids: list[Token] | None
     ignore_eos: bool | None
+
+
+class SamplingFields(OutputFields, total=False):
     n: Annotated[int, Field(ge=1, le=128)] | None
     prompt_logprobs: Alternatives | None
 
@@ -81,18 +86,23 @@ _GUIDES = frozenset(GuideFields.__annotations__)
 _OF_OUTPUTS = _SAMPLING | _GUIDES | {"max_new_tokens", "max_tokens", "max_completion_tokens", "logprobs", "stream"}
 
 
-class RequestFields(SamplingFields, GuideFields, ToolFields, total=False):
-    messages: Messages | None
-    prompt_tokens: Tokens | None
-    max_new_tokens: Count | None
-    max_tokens: Count | None
-    max_completion_tokens: Count | None
+class ServiceFields(TypedDict, total=False):
+    """Whose request it is, how soon it is wanted, and what is kept of it."""
+
     tenant: str | None
     cache_salt: str | None
     pin: bool | None
     unpin: bool | None
     priority: int | None
     deadline_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+
+
+class RequestFields(SamplingFields, GuideFields, ToolFields, ServiceFields, total=False):
+    messages: Messages | None
+    prompt_tokens: Tokens | None
+    max_new_tokens: Count | None
+    max_tokens: Count | None
+    max_completion_tokens: Count | None
     stream: bool | None
 
 

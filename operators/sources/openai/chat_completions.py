@@ -14,7 +14,7 @@ from ..request_format import ChatBody, parse_json, request_from_body
 from .endpoint import Endpoint
 from .logprobs import LogprobReader, chat_logprobs, prompt_logprobs, visible_logprobs
 from .replies import Replies
-from .streaming import stream_replies
+from .streaming import DONE, ChunkWriter, stream_replies
 from .usage import Usage, usage_of
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _finish_reason(choice: Choice) -> str | None:
     return choice.finish_reason
 
 
-class ChatChunks:
+class ChatChunks(ChunkWriter):
     """Writes `chat.completion.chunk` events. The parts of a chunk that do not change are made once for a call."""
 
     def __init__(self, call: Call, request: Request, include_usage: bool) -> None:
@@ -184,9 +184,9 @@ class ChatChunks:
 
     def finish(self, replies: list[Reply]) -> bytes:
         if not self._include_usage:
-            return b""
+            return DONE
         usage = usage_of([reply.completion for reply in replies if reply.completion is not None])
-        return b'%b],"usage":%b}\n\n' % (self._head, to_json(usage))
+        return b'%b],"usage":%b}\n\n%b' % (self._head, to_json(usage), DONE)
 
     def _role(self, choice: int) -> list[bytes]:
         if choice in self._begins:

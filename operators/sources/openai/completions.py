@@ -13,7 +13,7 @@ from ..request_format import CompletionBody, parse_json, request_from_body
 from .endpoint import Endpoint
 from .logprobs import LogprobReader, completion_logprobs, prompt_logprobs, visible_logprobs
 from .replies import Replies
-from .streaming import stream_replies
+from .streaming import DONE, ChunkWriter, stream_replies
 from .usage import Usage, usage_of
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _to_object(call: Call, completions: list[Completion]) -> TextCompletion:
     }
 
 
-class CompletionChunks:
+class CompletionChunks(ChunkWriter):
     """Writes `text_completion` events. The parts of a chunk that do not change are made once for a call."""
 
     def __init__(self, call: Call, request: Request, include_usage: bool) -> None:
@@ -135,9 +135,9 @@ class CompletionChunks:
 
     def finish(self, replies: list[Reply]) -> bytes:
         if not self._include_usage:
-            return b""
+            return DONE
         usage = usage_of([reply.completion for reply in replies if reply.completion is not None])
-        return b'%b],"usage":%b}\n\n' % (self._head, to_json(usage))
+        return b'%b],"usage":%b}\n\n%b' % (self._head, to_json(usage), DONE)
 
     def _of_delta(self, at: int, delta: TokenDelta) -> bytes:
         logprobs = b"null"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import chat_completions, completions, embeddings, health, models, openapi, tokens
+from . import chat_completions, completions, embeddings, health, models, openapi, responses, tokens
 
 if TYPE_CHECKING:
     from .endpoint import Endpoint
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 ENDPOINTS: tuple[Endpoint, ...] = (
     chat_completions.ENDPOINT,
     completions.ENDPOINT,
+    responses.ENDPOINT,
     embeddings.ENDPOINT,
     models.LIST,
     models.SHOW,

@@ -1,4 +1,4 @@
-"""Answers that come as server-sent events: a chunk for each step and choice, then `[DONE]`."""
+"""Answers that come as server-sent events."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from .call import Call
+    from .errors import HTTPError
     from .replies import Replies, Reply
 
 _KEEP_ALIVE = b": keep-alive\n\n"
-_DONE = b"data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
-class ChunkWriter(Protocol):
+class EventWriter(Protocol):
     """Writes an endpoint's events."""
 
     def take(self, index: int, reply: Reply) -> bytes:
@@ -20,17 +21,29 @@ class ChunkWriter(Protocol):
         ...
 
     def finish(self, replies: list[Reply]) -> bytes:
-        """What follows when all replies have ended, such as their usage."""
+        """The last events, when all replies have ended."""
+        ...
+
+    def fail(self, failure: HTTPError) -> bytes:
+        """The last events, when one of them has failed."""
         ...
 
 
-async def stream_replies(call: Call, replies: Replies, writer: ChunkWriter) -> None:
+class ChunkWriter:
+    """Writes the chunks of completions, a stream of which ends with `[DONE]`, after an event `{"error": ...}` if it
+    failed."""
+
+    def fail(self, failure: HTTPError) -> bytes:
+        return b"data: " + failure.body + b"\n\n" + DONE
+
+
+async def stream_replies(call: Call, replies: Replies, writer: EventWriter) -> None:
     """Answer with a stream. What is pending goes out in one write, however much it is.
 
     Between its beginning and its end no task runs for it: events are written as they come, unless the client reads too
     slowly. Then they wait in the replies, which are bounded.
 
-    A failure before the first event is an answer of its own; after it, an event `{"error": ...}` that ends the stream.
+    A failure before the first event is an answer of its own; after it, the end of the stream.
 
     Raises:
         HTTPError: a request failed, or was not taken, before there was anything to stream.
@@ -58,10 +71,10 @@ async def stream_replies(call: Call, replies: Replies, writer: ChunkWriter) -> N
         while True:
             data = take()
             if (failure := replies.failure) is not None:
-                await call.stream(data + b"data: " + failure.body + b"\n\n" + _DONE, more=False)
+                await call.stream(data + writer.fail(failure), more=False)
                 return
             if replies.have_ended:
-                await call.stream(data + writer.finish(replies.replies) + _DONE, more=False)
+                await call.stream(data + writer.finish(replies.replies), more=False)
                 return
             if data or replies.is_silent:
                 await call.stream(data or _KEEP_ALIVE)

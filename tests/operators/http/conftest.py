@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from concurrent.futures import Future
@@ -18,6 +19,11 @@ from sageLLM.graph import load_pipeline
 from sageLLM.runtime.assembly import assemble
 from sageLLM.runtime.services import EngineServices
 
+TOOL_TEMPLATE = (
+    "{{ 'Call with <tool_call>.' }}{{ tools | tojson if tools }}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}\n{% endfor %}"
+)
 SERVE = Path(sageLLM.__file__).parent / "pipelines" / "serve.yaml"
 
 
@@ -176,4 +182,20 @@ def null_server():
 def tiny_server():
     """A server of the built-in model, which answers greedily."""
     with serving("model=builtin:pydoc-tiny") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tool_server(checkpoint_folder, tmp_path_factory):
+    """A server of `random`, a model with random weights whose template knows tools."""
+    folder = tmp_path_factory.mktemp("tools") / "model"
+    shutil.copytree(checkpoint_folder("qwen3"), folder)
+    for name, changes in (
+        ("config.json", {"max_position_embeddings": 2048}),
+        ("tokenizer_config.json", {"chat_template": TOOL_TEMPLATE}),
+    ):
+        file = folder / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    settings = ["operators.source.model_name=random", "engine.kv_cache.max_tokens=4096"]
+    with serving(f"model={folder}", *settings, "engine.backend.backend_type=cpu") as server:
         yield server

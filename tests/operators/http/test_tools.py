@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel
 
-from .conftest import serving
-
-TEMPLATE = "{{ 'Call with <tool_call>.' }}{{ tools | tojson if tools }}{{ messages[0].content }}"
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rom"]}}, "required": ["city"],
         "additionalProperties": False}  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": CITY}}]
@@ -19,21 +17,8 @@ ONE = {**ASK, "tools": TOOLS, "parallel_tool_calls": False}
 
 
 @pytest.fixture(scope="module")
-def client(checkpoint_folder, tmp_path_factory):
-    """A client of a model with random weights, whose template knows tools."""
-    folder = tmp_path_factory.mktemp("tools") / "model"
-    shutil.copytree(checkpoint_folder("qwen3"), folder)
-    for name, changes in (
-        ("config.json", {"max_position_embeddings": 2048}),
-        ("tokenizer_config.json", {"chat_template": TEMPLATE}),
-    ):
-        file = folder / name
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    settings = ["operators.source.model_name=random", "engine.kv_cache.max_tokens=4096"]
-    with (
-        serving(f"model={folder}", *settings, "engine.backend.backend_type=cpu") as server,
-        openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
-    ):
+def client(tool_server):
+    with openai.OpenAI(base_url=tool_server.url, api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -57,6 +42,61 @@ def test_a_forced_call_in_a_stream_is_the_same(client):
     assert [call.function.name for call in choice.message.tool_calls] == ["weather"] * len(whole)
     streamed = [call.function.arguments for call in choice.message.tool_calls]
     assert streamed == [call.function.arguments for call in whole]
+
+
+def test_what_came_of_a_call(client):
+    """The client's own message goes back, and the model is told of the call and its output."""
+    answer = client.chat.completions.create(model="random", **ONE, tool_choice="required")
+    message = answer.choices[0].message
+    output = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "It rains."}
+    lengths = [
+        client.chat.completions.create(
+            model="random", tools=TOOLS, messages=[*ASK["messages"], *more], max_tokens=1
+        ).usage.prompt_tokens
+        for more in ([], [message], [message, output])
+    ]
+    assert lengths == sorted(set(lengths))
+
+
+@pytest.mark.parametrize("choice", ["none", "auto"])
+def test_no_call_is_forced(client, choice):
+    """Random weights call nothing by themselves."""
+    asked = {**ONE, "max_tokens": 5, "tool_choice": choice}
+    (whole,) = client.chat.completions.create(model="random", **asked, temperature=0).choices
+    assert (whole.message.tool_calls, whole.finish_reason) == (None, "length")
+    stream = client.chat.completions.create(model="random", **asked, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.message.content
+
+
+def test_calls_of_a_pydantic_function(client):
+    class Weather(BaseModel):
+        city: Literal["Bern", "Rom"]
+
+    tools = [openai.pydantic_function_tool(Weather)]
+    answer = client.chat.completions.parse(model="random", **{**ONE, "tools": tools}, tool_choice="required")
+    assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+
+
+def test_an_answer_parsed_into_a_model(client):
+    class Place(BaseModel):
+        city: Literal["Bern", "Rom"]
+        wet: bool
+
+    answer = client.chat.completions.parse(model="random", **ASK, response_format=Place)
+    assert isinstance(answer.choices[0].message.parsed, Place)
+    with client.chat.completions.stream(model="random", **ASK, response_format=Place) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Place)
+
+
+def test_any_object_and_a_grammar(client):
+    answer = client.chat.completions.create(model="random", **ASK, n=4, response_format={"type": "json_object"})
+    for choice in answer.choices:
+        assert choice.message.content.startswith("{")
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+    grammar = {"guided_grammar": 'start: greeting "!"\ngreeting: "hello" | "bye"'}
+    answer = client.chat.completions.create(model="random", **ASK, extra_body=grammar)
+    assert answer.choices[0].message.content in ("hello!", "bye!")
 
 
 def test_a_form_that_an_output_has(client):
