@@ -27,7 +27,7 @@ _LAST_ANSWERS_S = 1.0
 
 @operator("http_source")
 class HttpSource(Operator[HTTPConfig]):
-    """Answers OpenAI's API over HTTP: chat completions, completions and models; streams as server-sent events.
+    """Answers OpenAI's API over HTTP: chats, texts, responses, embeddings, models; streams as server-sent events.
 
     The answers come from a reply_sink. A client that goes away cancels its request. What there is no room for is
     answered 429 with the depth of the queue and when to try again; nothing is answered with silence. When the flow is

@@ -38,7 +38,7 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
-class CalledFunction(TypedDict):
+class FunctionCallObject(TypedDict):
     """`arguments` is a JSON object, as text."""
 
     name: str
@@ -48,7 +48,7 @@ class CalledFunction(TypedDict):
 class ToolCallObject(TypedDict):
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: FunctionCallObject
 
 
 class AssistantMessage(TypedDict):

@@ -95,8 +95,8 @@ def describe(endpoints: Iterable[Endpoint], has_keys: bool) -> dict[str, Any]:
 def _schema_of(form: Any, schemas: dict[str, Any], mode: JsonSchemaMode) -> dict[str, Any]:
     """A reference to the form's schema, which comes to `schemas` with all that it refers to."""
     schema = TypeAdapter(form).json_schema(ref_template=_REFERENCE, mode=mode)
-    schemas.update(schema.pop("$defs", {}))
-    schemas[form.__name__] = schema
+    for name, found in [*schema.pop("$defs", {}).items(), (form.__name__, schema)]:
+        assert schemas.setdefault(name, found) == found, f"there are two forms of the name {name}"
     return {"$ref": _REFERENCE.format(model=form.__name__)}
 
 
