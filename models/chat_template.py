@@ -51,12 +51,19 @@ class ChatTemplate:
         values = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
             return self._template.render(
-                messages=[_alias_reasoning(message) for message in messages],
+                messages=[self._adapt(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 **values,
             )
         except Exception as error:  # a template can raise anything: it is code that came with the checkpoint
             raise RequestError(f"messages do not fit the model's chat template: {error}") from error
+
+    def _adapt(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A developer is the system to a template that knows none: most would leave the message out."""
+        message = _alias_reasoning(message)
+        if message.get("role") == "developer" and "developer" not in self.source:
+            return {**message, "role": "system"}
+        return message
 
 
 def _compile(source: str) -> Template:

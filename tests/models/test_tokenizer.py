@@ -248,6 +248,21 @@ def test_what_a_template_refuses_or_must_not_do_is_a_bad_request(template, messa
         tokenizer.render_chat(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        ("{% for m in messages if m.role in ('system', 'user') %}{{ m.role }} {{ m.content }};{% endfor %}",
+         "system Be brief.;user Hi;"),
+        ("{% if messages[0].role == 'developer' %}D:{% endif %}{{ messages[0].content }}", "D:Be brief."),
+    ],
+)  # fmt: skip
+def test_a_developer_is_the_system_to_a_template_that_knows_none(template, rendered):
+    tokenizer = Tokenizer(RustTokenizer(models.BPE()), chat_template=template)
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert tokenizer.render_chat(messages) == rendered
+    assert messages[0]["role"] == "developer"
+
+
 def test_without_a_template_messages_are_a_bad_request():
     with pytest.raises(RequestError, match="send `prompt`"):
         byte_level().encode_chat(MESSAGES)
