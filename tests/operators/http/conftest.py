@@ -186,8 +186,8 @@ def tiny_server():
 
 
 @pytest.fixture(scope="module")
-def tool_server(checkpoint_folder, tmp_path_factory):
-    """A server of `random`, a model with random weights whose template knows tools."""
+def serve_tools(checkpoint_folder, tmp_path_factory):
+    """As `serve`, on `random`, a model with random weights whose template knows tools."""
     folder = tmp_path_factory.mktemp("tools") / "model"
     shutil.copytree(checkpoint_folder("qwen3"), folder)
     for name, changes in (
@@ -196,6 +196,12 @@ def tool_server(checkpoint_folder, tmp_path_factory):
     ):
         file = folder / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    settings = ["operators.source.model_name=random", "engine.kv_cache.max_tokens=4096"]
-    with serving(f"model={folder}", *settings, "engine.backend.backend_type=cpu") as server:
+    own = [f"model={folder}", "operators.source.model_name=random", "engine.kv_cache.max_tokens=4096"]
+    return lambda *settings: serving(*own, "engine.backend.backend_type=cpu", *settings)
+
+
+@pytest.fixture(scope="module")
+def tool_server(serve_tools):
+    """A server of that model, for what needs no settings of its own."""
+    with serve_tools() as server:
         yield server

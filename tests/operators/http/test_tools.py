@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Literal
 
 import openai
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rom"]}}, "required": ["city"],
         "additionalProperties": False}  # fmt: skip
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": CITY}}]
+FLAT = {"type": "function", **TOOLS[0]["function"]}  # as responses have it
 ASK = {"messages": [{"role": "user", "content": "Rain in Bern?"}], "max_tokens": 200, "seed": 1}
 ONE = {**ASK, "tools": TOOLS, "parallel_tool_calls": False}
 
@@ -66,6 +68,34 @@ def test_no_call_is_forced(client, choice):
     assert (whole.message.tool_calls, whole.finish_reason) == (None, "length")
     stream = client.chat.completions.create(model="random", **asked, temperature=0, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.message.content
+
+
+def test_calls_that_the_model_decides_on(serve_tools):
+    """A model that can only write one text, as the pipeline's guide has it: words, a call, and another."""
+    calls = [json.dumps({"name": "weather", "arguments": {"city": city}}) for city in ("Bern", "Rom")]
+    text = "I see." + "".join(f"\n<tool_call>\n{call}\n</tool_call>" for call in calls)
+    setting = f"operators.guide.guided_regex={json.dumps(re.escape(text))}"
+    with serve_tools(setting) as server, openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+        asked = {"model": "random", **ASK, "tools": TOOLS}
+        (choice,) = client.chat.completions.create(**asked).choices
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I see.")
+        cities = [json.loads(call.function.arguments)["city"] for call in choice.message.tool_calls]
+        assert cities == ["Bern", "Rom"]
+        assert len({call.id for call in choice.message.tool_calls}) == 2
+
+        with client.chat.completions.stream(**asked) as stream:
+            (streamed,) = stream.get_final_completion().choices
+        assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "I see.")
+        assert [json.loads(call.function.arguments)["city"] for call in streamed.message.tool_calls] == cities
+        assert client.chat.completions.create(**asked, tool_choice="none").choices[0].message.content == text
+
+        flat = {"model": "random", "input": "Rain?", "max_output_tokens": 200, "tools": [FLAT]}
+        whole = client.responses.create(**flat)
+        with client.responses.stream(**flat) as stream:
+            for response in (whole, stream.get_final_response()):
+                assert [item.type for item in response.output] == ["message", "function_call", "function_call"]
+                assert response.output_text == "I see."
+                assert [json.loads(call.arguments)["city"] for call in response.output[1:]] == cities
 
 
 def test_calls_of_a_pydantic_function(client):
