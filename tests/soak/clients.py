@@ -41,14 +41,14 @@ class World:
         self.raging = asyncio.Event()
 
     def think(self) -> float:
-        return self.random.expovariate(0.4)
+        return self.random.expovariate(0.25)
 
     def request(self, request_id: str, **fields) -> dict:
         words = self.random.choices(WORDS, k=self.random.randint(4, 24))
         return {
             "request_id": request_id,
             "prompt": " ".join(words),
-            "max_new_tokens": self.random.randint(1, 16),
+            "max_new_tokens": self.random.randint(1, 12),
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
@@ -122,7 +122,7 @@ async def ask_http(world: World, reader: asyncio.StreamReader, writer: asyncio.S
         if first is None and b'"choices"' in chunk:
             first = time.perf_counter()
         text += chunk
-    if b"data: [DONE]" not in text or b'"error"' in text:
+    if b"data: [DONE]" not in text or b'data: {"error"' in text:
         world.stats.problems[f"http: {text[-150:]!r}"] += 1
     if phase == world.phase:
         world.stats.ttft[phase].append((first or time.perf_counter()) - begin)
@@ -225,15 +225,16 @@ async def misbehave(world: World, number: int) -> None:
     way = RUDE[number % len(RUDE)]
     while not world.over:
         await world.raging.wait()
-        line = json.dumps(world.request(f"rude-{number}", max_new_tokens=200)).encode() + b"\n"
+        line = json.dumps(world.request(f"rude-{number}", max_new_tokens=40)).encode() + b"\n"
         port = world.random.choice([world.tcp, world.http])
         payload = line
         if port == world.http:
-            payload = http_post(json.dumps({"model": world.model, "prompt": "a", "stream": True}).encode())
+            body = {"model": world.model, "prompt": "a", "max_tokens": 40, "stream": True}
+            payload = http_post(json.dumps(body).encode())
         with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
             await way(world, port, payload)
         world.stats.rude[way.__name__] += 1
-        await asyncio.sleep(world.random.random() * 0.3)
+        await asyncio.sleep(world.random.uniform(0.5, 1.5))
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
