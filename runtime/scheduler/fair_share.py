@@ -48,9 +48,9 @@ class FairShare:
     So with half of the weight a tenant can have half of the slots, of the KV pool and of each step's room for prompts,
     whatever the other sends. Its slowest first token comes at most twice as late, and five steps, as beside a tenant
     that sends as much for its weight, if the pool holds four of the largest requests (in a smaller one what a tenant
-    may have is a request or none, and who comes second waits for all of the first) and `max_step_tokens` is at least
-    twice `max_batch_size` (rows that decode come first). In mode TIME_SHARE that is so of the steps that compute
-    prompts; of all steps they are fewer beside a flood, which always decodes.
+    may have is a request or none, and who comes second waits for all of the first), `max_step_tokens` is at least twice
+    `max_batch_size` (rows that decode come first; in mode TIME_SHARE see `StepShares`), and its share of the slots is a
+    whole number (it is rounded down).
 
     These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
     Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.

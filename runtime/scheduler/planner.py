@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from .prompt_turns import PromptTurns
     from .row_blocks import RowBlocks
     from .slo import ChunkBudget
-    from .time_share import TimeShare
+    from .time_share import StepShares, TimeShare
 
 
 class Planner:
     """Plans steps. Hybrid ones: every decoding row gets a token, prompt chunks fill the rest of the token budget. With
-    `time_share` a step is of one kind. With `chunk_budget` prompts get no more than keeps decoding rows in time; where
-    none decode, they get the whole budget.
+    `time_share` a step is of one kind; with `step_shares`, too, a turn of decoding rows that has begun ends as soon as
+    these owe a prompt a step. With `chunk_budget` prompts get no more than keeps decoding rows in time; where none
+    decode, they get the whole budget.
 
     `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them. Prompts are
     computed in the order of `blocks.in_turn`, with `prompt_turns` in that one for each tenant.
@@ -39,6 +41,7 @@ class Planner:
         time_share: TimeShare | None = None,
         chunk_budget: ChunkBudget | None = None,
         prompt_turns: PromptTurns | None = None,
+        step_shares: StepShares | None = None,
     ) -> None:
         self._table = table
         self._blocks = blocks
@@ -48,6 +51,7 @@ class Planner:
         self._time_share = time_share
         self._chunk_budget = chunk_budget
         self._prompt_turns = prompt_turns
+        self._step_shares = step_shares
 
     def plan(self, unread_steps: int, claim: Claim | None = None) -> StepPlan | None:
         """Plan one step, or None when nothing can be computed now.
@@ -76,7 +80,7 @@ class Planner:
 
     def _take_turn(self, turns: TimeShare, unread_steps: int) -> tuple[NDArray[np.int64], list[PromptChunk]]:
         decode, chunks = np.empty(0, np.int64), list[PromptChunk]()
-        first = turns.prefill_is_next
+        first = turns.prefill_is_next or (turns.is_decoding and self._owes_prompt())
         for prefill in (first, not first):
             if prefill:
                 chunks = self._chunks(self._max_step_tokens, self._table.decoding(), turns.decode_steps_for_each)
@@ -85,7 +89,17 @@ class Planner:
             if len(decode) or chunks:
                 turns.take(prefill)
                 break
+        if self._step_shares is not None and len(decode) and self._table.has(RowState.PREFILL):
+            for tenant, rows in self._count_rows(decode).items():
+                self._step_shares.take(tenant, rows / len(decode))
         return decode, chunks
+
+    def _owes_prompt(self) -> bool:
+        table = self._table
+        if self._step_shares is None or not table.has(RowState.PREFILL):
+            return False
+        prompts = self._prompts(table.slots_in(RowState.PREFILL))
+        return self._step_shares.is_owed(*prompts, self._count_rows(table.decoding()))
 
     def advance(self, steps: int) -> None:
         """So many steps that only decode were planned elsewhere, and the table says so."""
@@ -142,13 +156,17 @@ class Planner:
 
     def _prompts_in_turn(self) -> NDArray[np.int64]:
         """Slots of the prompts that a step may compute, the first one first."""
-        table, limit = self._table, self.max_prefill_batch
+        limit = self.max_prefill_batch
         slots = self._blocks.in_turn(RowState.PREFILL)
         if self._prompt_turns is None:
             return slots[:limit]
-        left = table.target[slots] - table.computed[slots]
-        shares = np.clip(left / self._max_step_tokens, 1 / limit, 1.0).tolist()
-        return slots[self._prompt_turns.order([self._tenant(slot) for slot in slots.tolist()], shares, limit)]
+        return slots[self._prompt_turns.order(*self._prompts(slots), limit)]
+
+    def _prompts(self, slots: NDArray[np.int64]) -> tuple[list[str], list[float]]:
+        """Tenants of prompts, and which share of a step each takes."""
+        left = (self._table.target[slots] - self._table.computed[slots]).tolist()
+        shares = [min(max(tokens / self._max_step_tokens, 1 / self.max_prefill_batch), 1.0) for tokens in left]
+        return [self._tenant(slot) for slot in slots.tolist()], shares
 
     def _charge(self, turns: PromptTurns, chunks: list[PromptChunk], lacks_tokens: bool) -> None:
         """Note who had which share of a step: of its tokens, or of its rows where there were tokens left."""
@@ -156,6 +174,11 @@ class Planner:
         for chunk in chunks:
             share = len(chunk.tokens) / tokens if lacks_tokens else 1 / len(chunks)
             turns.take(self._tenant(chunk.slot), share)
+            if self._step_shares is not None:
+                self._step_shares.take(self._tenant(chunk.slot), share)
+
+    def _count_rows(self, slots: NDArray[np.int64]) -> Counter[str]:
+        return Counter(map(self._tenant, slots.tolist()))
 
     def _tenant(self, slot: int) -> str:
         row = self._table.rows[slot]

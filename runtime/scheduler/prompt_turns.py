@@ -6,14 +6,14 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
-class PromptTurns:
-    """The tenant whose prompts have had the least of the steps, divided by its weight, is next.
+class TenantAccounts:
+    """What tenants have had of the steps, divided by their weights.
 
-    A tenant that comes, or comes back, starts where the others are: absence earns no credit. This is start-time fair
-    queueing (Goyal et al., 1996); a prompt's length is the share of a step that it takes.
+    One whose first prompt comes, or comes again, starts where the others with prompts are: absence earns no credit.
+    This is start-time fair queueing (Goyal et al., 1996); a prompt's length is the share of a step that it takes.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -21,6 +21,28 @@ class PromptTurns:
         self._weights = weights
         self._had: dict[str, float] = {}  # of those with prompts to compute, and of others that are above the level
         self._level = 0.0  # where somebody who comes starts
+
+    def _weight(self, tenant: str) -> float:
+        return self._weights.get(tenant, 1.0)
+
+    def _had_by(self, tenant: str) -> float:
+        return max(self._had.get(tenant, self._level), self._level)
+
+    def _meet(self, present: Collection[str]) -> None:
+        """These have prompts to compute."""
+        known = [had for tenant, had in self._had.items() if tenant in present]
+        self._level = max(self._level, min(known, default=self._level))
+        self._had = {tenant: had for tenant, had in self._had.items() if tenant in present or had > self._level}
+        for tenant in present:
+            self._had[tenant] = self._had_by(tenant)
+
+    def take(self, tenant: str, share: float) -> None:
+        """So much of a step is for a tenant."""
+        self._had[tenant] = self._had_by(tenant) + share / self._weight(tenant)
+
+
+class PromptTurns(TenantAccounts):
+    """The tenant whose prompts have had the least is next."""
 
     def order(self, tenants: Sequence[str], shares: Sequence[float], limit: int) -> list[int]:
         """The places of the first `limit` prompts in turn.
@@ -38,18 +60,7 @@ class PromptTurns:
             tenant = min(queues, key=had.__getitem__)
             place = queues[tenant].popleft()
             places.append(place)
-            had[tenant] += shares[place] / self._weights.get(tenant, 1.0)
+            had[tenant] += shares[place] / self._weight(tenant)
             if not queues[tenant]:
                 del queues[tenant]
         return places
-
-    def _meet(self, present: Mapping[str, object]) -> None:
-        known = [had for tenant, had in self._had.items() if tenant in present]
-        self._level = max(self._level, min(known, default=self._level))
-        self._had = {tenant: had for tenant, had in self._had.items() if tenant in present or had > self._level}
-        for tenant in present:
-            self._had[tenant] = max(self._had.get(tenant, self._level), self._level)
-
-    def take(self, tenant: str, share: float) -> None:
-        """A step computes so much for a tenant that was in order."""
-        self._had[tenant] += share / self._weights.get(tenant, 1.0)

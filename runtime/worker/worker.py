@@ -22,7 +22,7 @@ from ..scheduler.prompt_turns import PromptTurns
 from ..scheduler.resident import ResidentTable, RowState
 from ..scheduler.row_blocks import MustReadFirst, RowBlocks
 from ..scheduler.slo import make_chunk_budget
-from ..scheduler.time_share import TimeShare
+from ..scheduler.time_share import StepShares, TimeShare
 from ..scheduler.timeouts import Timeouts
 from .losses import MAX_LOSSES, note_loss
 from .residents import Residents, readmit
@@ -81,7 +81,8 @@ class Worker:
         self.blocks = RowBlocks(
             self._table, kv, leases.policy.rank, partial(readmit, executor, self._table), self._leases_in_transit
         )
-        is_fair = scheduler.policy is SchedulerPolicy.FAIR_SHARE
+        is_fair, weights = scheduler.policy is SchedulerPolicy.FAIR_SHARE, scheduler.tenant_weights
+        may_end_turns = is_fair and scheduler.time_shares is not None and scheduler.tpot_slo_ms is None
         self.planner = Planner(
             self._table,
             self.blocks,
@@ -90,7 +91,8 @@ class Worker:
             scheduler.max_decode_batch,
             time_share=TimeShare(*shares) if (shares := scheduler.time_shares) else None,
             chunk_budget=self._chunk_budget,
-            prompt_turns=PromptTurns(scheduler.tenant_weights) if is_fair else None,
+            prompt_turns=PromptTurns(weights) if is_fair else None,
+            step_shares=StepShares(weights) if may_end_turns else None,
         )
         self._residents = Residents(
             self._table, self.blocks, executor, kv, leases, Timeouts.of(scheduler), make_stop_matcher, clock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sageLLM.runtime.scheduler.time_share import TimeShare
+from sageLLM.runtime.scheduler.time_share import StepShares, TimeShare
 
 from .test_planner import recorded  # noqa: F401 - a fixture
 
@@ -64,3 +64,73 @@ def test_a_full_pool_lets_the_other_kind_go_on(recorded):  # noqa: F811
     b.run()
     assert [len(s.choices[0].output_tokens) for s in sequences] == [12] * 5
     b.check_nothing_leaks()
+
+
+def flooded_turns(recorded, policy, prefill_steps=1, weight=1.0, **options):  # noqa: F811
+    """Kinds of steps while rows of one tenant decode and another's prompts, of ten steps each, wait."""
+    weights = {"tenant_weights": {"quiet": weight}} if policy == "fair_share" else {}
+    b, plans = recorded(
+        mode="time_share", policy=policy, prefill_steps=prefill_steps, max_step_tokens=4, commit=False, blocks=200,
+        max_batch_size=8, **weights, **options,
+    )  # fmt: skip
+    rows = [b.sequence([n, n], max_new_tokens=60, tenant="noisy") for n in range(3)]
+    b.offer(*rows, *(b.sequence([n] * 40, max_new_tokens=2, tenant="quiet") for n in range(10, 14)))
+    while not all(row.ended for row in rows):
+        b.worker.submit_prefill(b.waiting.take_granted())
+        b.step()
+    seen = kinds(plans)
+    b.run()
+    b.check_nothing_leaks()
+    return seen[seen.index("d") :]
+
+
+def test_prompts_of_a_tenant_below_its_share_end_turns_of_decoding(recorded):  # noqa: F811
+    assert "pddddpddddp" in flooded_turns(recorded, "fcfs")
+    assert "pdpdpdp" in flooded_turns(recorded, "fair_share")
+    assert "pddpddpdd" in flooded_turns(recorded, "fair_share", weight=0.5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 100.0])
+@pytest.mark.parametrize("prefill_steps", [1, 2])
+def test_decoding_goes_on_between_turns_of_prompts_whoever_is_owed_them(recorded, weight, prefill_steps):  # noqa: F811
+    seen = flooded_turns(recorded, "fair_share", prefill_steps, weight)
+    assert max(map(len, seen.split("d"))) == prefill_steps
+
+
+def test_a_limit_on_the_time_between_tokens_keeps_the_turns(recorded):  # noqa: F811
+    """What prompts may have of a turn's time is counted in its steps."""
+    seen = flooded_turns(recorded, "fair_share", step_cost=Instant(), tpot_slo_ms=1000)
+    assert "pddddpddddp" in seen
+    assert "pdp" not in seen
+
+
+class Instant:
+    """Steps that take no time."""
+
+    def step_seconds(self, *work):
+        return 0.0
+
+
+def test_a_tenant_is_owed_a_step_when_with_it_it_has_had_no_more_than_its_share():
+    shares = StepShares({"gold": 3.0})
+    assert not shares.is_owed(["plain"], [0.5], ["gold"])
+    shares.take("gold", 1.0)  # 1/3 of what it is worth to the others, of whom the mean is 1/4
+    assert not shares.is_owed(["plain"], [0.5], ["gold"])
+    assert shares.is_owed(["plain"], [0.25], ["gold"])
+    shares.take("plain", 0.25)
+    assert not shares.is_owed(["plain"], [0.25], ["gold"])
+
+
+def test_decoding_alone_is_owed_nothing_and_earns_nothing():
+    shares = StepShares({})
+    for _ in range(100):
+        shares.take("busy", 1.0)
+        assert not shares.is_owed(["busy"], [0.1], ["busy"])
+    owed = 0
+    for _ in range(10):  # it comes, and starts where the other is
+        if shares.is_owed(["idle", "busy"], [1.0, 1.0], ["busy"]):
+            shares.take("idle", 1.0)
+            owed += 1
+        else:
+            shares.take("busy", 1.0)
+    assert owed <= 4
