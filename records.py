@@ -23,7 +23,7 @@ class FinishReason(StrEnum):
     """Why a sequence ended. The first two are a normal end."""
 
     STOP = "stop"  # end-of-sequence token, stop token id or stop string
-    LENGTH = "length"  # max_new_tokens, or the model's context is full
+    LENGTH = "length"  # max_new_tokens, or the model's context or the KV pool is full
     CANCELLED = "cancelled"
     QUEUE_TIMEOUT = "queue_timeout"  # no lease within queue_timeout_s
     FIRST_TOKEN_TIMEOUT = "first_token_timeout"  # no token within first_token_timeout_s
@@ -50,9 +50,15 @@ class SourcePosition(NamedTuple):
         return {"file": self.file, "line": self.line, "offset": self.offset, "fingerprint": self.fingerprint}
 
 
+NO_LIMIT = 2**31  # as max_new_tokens: as many as fit. More than a request may ask for
+
+
 @dataclass(slots=True, frozen=True)
 class SamplingParams:
     """How the next token is chosen. `None` means "what the model's generation_config.json says".
+
+    With `max_new_tokens` of `NO_LIMIT` an output goes on until the model ends it, or the model's context, or what the
+    KV pool holds for one sequence, is full.
 
     `logprobs=k` asks for the chosen token's logprob and the k most likely alternatives at every output position;
     `prompt_logprobs=k` the same for every prompt position after the first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -9,7 +10,7 @@ from pydantic import Field
 
 from ..config import InferenceMode
 from ..errors import RequestError
-from ..records import DeadLetter
+from ..records import NO_LIMIT, DeadLetter
 from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.scheduler.policies import check_heeded
@@ -44,6 +45,14 @@ class ScheduleConfig(OperatorConfig):
         )
 
 
+def _cut(sequence: Sequence, max_new_tokens: int) -> None:
+    """Let its outputs be no longer than so, but for one token: what cannot have that is refused."""
+    sampling, most = sequence.sampling, max(max_new_tokens, 1)
+    if sampling.max_new_tokens > most:
+        fewest = min(sampling.min_tokens, most)
+        sequence.sampling = replace(sampling, max_new_tokens=most, min_tokens=fewest)
+
+
 def _check_guided(sequence: Sequence) -> None:
     guide = sequence.request.guide
     if guide is not None and sequence.guide is None:
@@ -59,7 +68,8 @@ class Schedule(Operator[ScheduleConfig]):
 
     A prompt whose prefix is being computed right now waits for it rather than compute it twice. Cancelled sequences
     and those past a timeout leave at once, ended, and later stages pass them on. What can never fit is
-    rejected, and so is a `pin` for which there is no room.
+    rejected, and so is a `pin` for which there is no room. Whoever asks for as many tokens as fit (`NO_LIMIT`) gets
+    those that fit into the KV pool beside what is pinned.
 
     When the run is being ended (SIGTERM), lines of a file that have no lease yet end here, for the next run to compute.
 
@@ -103,8 +113,10 @@ class Schedule(Operator[ScheduleConfig]):
                     check_heeded(sequence.request, policy)
                     if sequence.request.pooling is None:
                         check_sampling(sequence.sampling, vocab_size)
-                    self._leases.check_fits(sequence)
                     leases, pins = self._leases, self.context.engine.pins
+                    if sequence.request.sampling.max_new_tokens == NO_LIMIT:
+                        _cut(sequence, leases.max_outputs(sequence, pins.room(sequence)))
+                    leases.check_fits(sequence)
                     pins.check(sequence, leases.prompt_blocks(sequence), leases.max_blocks(sequence))
                     self._waiting.offer(sequence)
                 except RequestError as error:

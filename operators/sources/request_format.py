@@ -224,8 +224,14 @@ def _from_batch_line(data: dict[str, Any], src: SourcePosition | None) -> Reques
     return request_from_body(body, data["custom_id"], src)
 
 
-def request_from_body(body: dict[str, Any], request_id: str, src: SourcePosition | None = None) -> Request:
-    """Make a request of a checked body of OpenAI's chat or text completions, with one prompt.
+def request_from_body(
+    body: dict[str, Any],
+    request_id: str,
+    src: SourcePosition | None = None,
+    max_new_tokens: int | None = None,
+) -> Request:
+    """Make a request of a checked body of OpenAI's chat or text completions, with one prompt. `max_new_tokens` is for
+    those that do not say how long an output may be.
 
     Raises:
         RequestError: fields do not go together.
@@ -239,7 +245,13 @@ def request_from_body(body: dict[str, Any], request_id: str, src: SourcePosition
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     if isinstance(logprobs, bool):
         logprobs = (top or 0) if logprobs else None
+    if max_new_tokens is not None and _length_of(body) is None:
+        body["max_new_tokens"] = max_new_tokens
     return _build(body, request_id, logprobs, src)
+
+
+def _length_of(data: dict[str, Any]) -> Any:
+    return _one_of(data, "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: SourcePosition | None) -> Request:
@@ -253,7 +265,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         sampling["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-    max_new_tokens = _one_of(data, "max_new_tokens", "max_tokens", "max_completion_tokens")
+    max_new_tokens = _length_of(data)
     if max_new_tokens is not None:
         sampling["max_new_tokens"] = max_new_tokens
     if logprobs is not None:

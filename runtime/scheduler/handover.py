@@ -264,6 +264,10 @@ class PairedLeases:
         """See `LeaseBook.check_fits`."""
         self.decode[0].check_fits(sequence)
 
+    def max_outputs(self, sequence: Sequence, num_blocks: int) -> int:
+        """See `LeaseBook.max_outputs`."""
+        return self.decode[0].max_outputs(sequence, num_blocks)
+
     def max_blocks(self, sequence: Sequence) -> int:
         """See `LeaseBook.max_blocks`."""
         return self.decode[0].max_blocks(sequence)

@@ -146,6 +146,10 @@ class LeaseBook:
                 f"{blocks} KV blocks, the pool has {self.kv.num_blocks}: shorten it or raise kv_cache.max_tokens"
             )
 
+    def max_outputs(self, sequence: Sequence, num_blocks: int) -> int:
+        """How many tokens an output may have, going on alone in so many blocks."""
+        return (num_blocks - sequence.sampling.n + 1) * self.block_size - len(sequence.prompt_tokens)
+
     def max_blocks(self, sequence: Sequence) -> int:
         """How many blocks it may come to need in order to go on alone."""
         tokens = len(sequence.prompt_tokens) + sequence.sampling.max_new_tokens

@@ -38,9 +38,8 @@ class PinBook:
         if request.pin or request.unpin:
             self._check_asked(request)
         own = prompt_blocks if request.pin else 0
-        if request.pin and len(sequence.prompt_tokens) % kv.block_size:
-            blocks += 1  # preempted, it goes on in a copy of the block that its pin fills in part
-        pinned = max(kv.num_pinned for kv in self._kvs) + sum(self._reserved.values())
+        blocks += self._copies(sequence)
+        pinned = self._num_pinned
         if own and pinned + own > self._max_blocks:
             raise RequestError(
                 f"pin: {prompt_blocks} KV blocks to pin and {pinned} pinned ones are more than the {self._max_blocks} "
@@ -61,6 +60,18 @@ class PinBook:
             self._reserved[id(request)] = own
         if blocks - own > kv.num_blocks - self._max_blocks:
             self._large[id(request)] = blocks - own
+
+    def room(self, sequence: Sequence) -> int:
+        """How many blocks it may need beside what is pinned now."""
+        return self._kvs[0].num_blocks - self._num_pinned - self._copies(sequence)
+
+    @property
+    def _num_pinned(self) -> int:
+        return max(kv.num_pinned for kv in self._kvs) + sum(self._reserved.values())
+
+    def _copies(self, sequence: Sequence) -> int:
+        """Preempted, it goes on in a copy of the block that its pin fills in part."""
+        return int(sequence.request.pin and len(sequence.prompt_tokens) % self._kvs[0].block_size > 0)
 
     def _check_asked(self, request: Request) -> None:
         name = "pin" if request.pin else "unpin"

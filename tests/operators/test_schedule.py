@@ -6,7 +6,7 @@ import pytest
 
 from sageLLM.config import SchedulerPolicy
 from sageLLM.operators.schedule import Schedule
-from sageLLM.records import FinishReason
+from sageLLM.records import NO_LIMIT, FinishReason
 from sageLLM.runtime.scheduler.lease import Lease, PrefixHint
 
 
@@ -49,6 +49,25 @@ def test_without_room_it_waits_and_when_a_lease_returns_goes_on(on_loop, null_en
             await schedule.settled()
             assert schedule.sent == sequences
             engine.services.release([sequences[4].request])
+
+    on_loop(main)
+    engine.check_nothing_leaks()
+
+
+@pytest.mark.parametrize(("inner", "n", "most"), [({}, 1, 24 - 5), ({}, 2, 20 - 5), ({"max_tokens": 4}, 1, None)])
+def test_as_many_tokens_as_fit_are_those_for_which_the_pool_has_room(on_loop, null_engine, inner, n, most):
+    engine = null_engine(kv_cache={"max_tokens": 24, "block_size": 4} | inner)
+    sequence = engine.sequence([1] * 5, max_new_tokens=NO_LIMIT, min_tokens=30, n=n)
+
+    async def main():
+        async with engine.stage(Schedule) as schedule:
+            await schedule.put(sequence)
+            if most is None:
+                assert "prompt of 5 tokens + max_new_tokens 1 needs 2 KV blocks, the pool has 1" in schedule.errors[0]
+            else:
+                assert schedule.sent == [sequence]
+                assert (sequence.sampling.max_new_tokens, sequence.sampling.min_tokens) == (most, most)
+        engine.services.release([sequence.request])
 
     on_loop(main)
     engine.check_nothing_leaks()

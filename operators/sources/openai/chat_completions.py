@@ -9,7 +9,7 @@ from pydantic_core import to_json
 from typing_extensions import TypedDict
 
 from ....errors import RequestError
-from ....records import FinishReason
+from ....records import NO_LIMIT, FinishReason
 from ..request_format import ChatBody, parse_json, request_from_body
 from .endpoint import Endpoint
 from .logprobs import LogprobReader, chat_logprobs, prompt_logprobs, visible_logprobs
@@ -83,7 +83,7 @@ async def answer(call: Call) -> None:
     call.service.check_model(body.get("model"))
     if body.get("messages") is None:
         raise RequestError("missing field 'messages'", "messages")
-    request = request_from_body(body, call.request_id)
+    request = request_from_body(body, call.request_id, max_new_tokens=NO_LIMIT)
     replies = Replies(call, [request])
     options = body.get("stream_options")
     if request.stream:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .replies import Reply
 
 
+_DEFAULT_LENGTH = 16  # as OpenAI's
+
+
 class CompletionLogprobs(TypedDict):
     """`text_offset` counts characters. Half a character is `bytes:\\xe4`."""
 
@@ -55,7 +58,7 @@ async def answer(call: Call) -> None:
     body = parse_json(CompletionBody, await call.read_json())
     call.service.check_model(body.get("model"))
     options = body.get("stream_options")
-    requests = [request_from_body(one, call.request_id) for one in _split(body)]
+    requests = [request_from_body(one, call.request_id, max_new_tokens=_DEFAULT_LENGTH) for one in _split(body)]
     replies = Replies(call, requests)
     if requests[0].stream:
         include_usage = bool(options and options.get("include_usage"))

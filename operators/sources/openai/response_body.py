@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, with_config
 from typing_extensions import TypedDict
 
 from ....errors import RequestError
+from ....records import NO_LIMIT
 from ..guide_fields import Source  # noqa: TC001 - pydantic reads it
 from ..openai_fields import Null, Off, Only, UsualTier
 from ..request_format import STRICT, Alternatives, Count, OutputFields, ServiceFields, Text, request_from_body
@@ -197,7 +198,7 @@ def request_from_response_body(body: dict[str, Any], request_id: str) -> Request
         chat |= {"logprobs": True, "top_logprobs": body.get("top_logprobs")}
     elif body.get("top_logprobs") is not None:
         raise RequestError('top_logprobs needs include: ["message.output_text.logprobs"]', "top_logprobs")
-    return request_from_body(chat, request_id)
+    return request_from_body(chat, request_id, max_new_tokens=NO_LIMIT)
 
 
 def _nested(function: dict[str, Any]) -> dict[str, Any]:

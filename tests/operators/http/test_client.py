@@ -32,6 +32,38 @@ def model(tiny_server):
     return tiny_server.source.service.model_name
 
 
+ON = {"ignore_eos": True}  # as extra_body: what would go on for ever
+
+
+def test_without_max_tokens_an_answer_goes_on_until_the_model_ends_it(client, model):
+    answer = client.chat.completions.create(model=model, messages=QUESTION)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (ANSWER, "stop")
+
+
+def test_or_until_the_context_is_full(serve):
+    with serve("engine.model.max_seq_len=300") as server, client_of(server) as client:
+        answer = client.chat.completions.create(model="builtin:null", messages=QUESTION, extra_body=ON)
+        assert (answer.usage.total_tokens, answer.choices[0].finish_reason) == (300, "length")
+        response = client.responses.create(model="builtin:null", input=QUESTION[0]["content"], extra_body=ON)
+        assert (response.status, response.max_output_tokens) == ("incomplete", None)
+        assert response.usage.total_tokens == 300
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_or_until_it_has_all_of_the_kv_pool(serve, n):
+    with serve("engine.kv_cache.max_tokens=256") as server, client_of(server) as client:
+        for at in range(2):  # the second finds the first one's prompt in the cache
+            answer = client.chat.completions.create(model="builtin:null", messages=QUESTION, n=n, extra_body=ON)
+            assert {choice.finish_reason for choice in answer.choices} == {"length"}
+            prompt = answer.usage.prompt_tokens
+            assert answer.usage.completion_tokens == n * (256 - 16 * (n - 1) - prompt), at
+
+
+def test_a_completion_without_max_tokens_has_sixteen(client, model):
+    answer = client.completions.create(model=model, prompt="Return the", extra_body=ON)
+    assert answer.usage.completion_tokens == 16
+
+
 def test_models(client, model):
     (listed,) = client.models.list().data
     assert (listed.id, listed.object) == (model, "model")
