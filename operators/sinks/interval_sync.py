@@ -38,6 +38,8 @@ class IntervalSync:
     def _run(self) -> None:
         while self._dirty.wait() and not self._stopped.wait(INTERVAL_S):
             self._dirty.clear()
+            if self._stopped.is_set():  # it may have set `dirty` just before that was cleared
+                return
             try:
                 os.fsync(self._fd)
             except OSError as error:
