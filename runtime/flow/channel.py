@@ -94,6 +94,7 @@ class Channel:
                 await self._arrived.wait()
             finally:
                 self._arrived = None
+            await anyio.lowlevel.checkpoint_if_cancelled()  # asyncio tells nobody whose event is set in every turn
         records = lists.popleft()
         while lists and len(records) + len(lists[0]) <= _JOIN_UP_TO:
             records += lists.popleft()

@@ -69,6 +69,7 @@ class Mailbox(Generic[T]):
                 await consumer.rung.wait()
             finally:
                 self._consumer = None
+            await anyio.lowlevel.checkpoint_if_cancelled()  # asyncio tells nobody whose event is set in every turn
 
     def __aiter__(self) -> Mailbox[T]:
         return self

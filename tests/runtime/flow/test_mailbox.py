@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -92,6 +93,30 @@ async def test_a_cancelled_get_takes_nothing():
     assert scope.cancelled_caught
     mailbox.put([1])
     assert await mailbox.get() == [1]
+
+
+async def test_a_consumer_that_gets_something_in_every_turn_can_be_cancelled():
+    mailbox: Mailbox[int] = Mailbox()
+    scope = anyio.CancelScope()
+
+    async def consume():
+        with scope:
+            async for _ in mailbox:
+                pass
+        tasks.cancel_scope.cancel()
+
+    async def produce():
+        for turn in range(100):
+            mailbox.put([turn])
+            await anyio.lowlevel.checkpoint()
+        raise AssertionError("the consumer has not noticed")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(consume)
+        tasks.start_soon(produce)
+        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint()
+        scope.cancel()
 
 
 async def test_close_ends_the_iteration_after_what_is_there():
