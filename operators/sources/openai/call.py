@@ -75,30 +75,19 @@ class Call:
         limit = self.service.config.max_body_bytes
         if int(self.headers.get(b"content-length", b"0")) > limit:
             raise self._too_large(limit)
-        message = await self._receive()
-        if not message.get("more_body"):
-            body: bytes = message.get("body", b"")
-            if len(body) > limit:
-                raise self._too_large(limit)
-            return body
-        return await self._read_rest(message["body"], limit)
-
-    async def _read_rest(self, body: bytes, limit: int) -> bytes:
-        parts, size = [body], len(body)
+        parts: list[bytes] = []
+        size, more = 0, True
         with anyio.move_on_after(self.service.config.read_timeout_s) as scope:
-            more = True
             while more:
-                if size > limit:
-                    raise self._too_large(limit)
                 message = await self._receive()
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
+                if size > limit:
+                    raise self._too_large(limit)
                 more = message.get("more_body", False)
         if scope.cancelled_caught:
             seconds = self.service.config.read_timeout_s
             raise HTTPError(408, f"the body did not come within {seconds:g} s", "read_timeout", headers=[_CLOSE])
-        if size > limit:
-            raise self._too_large(limit)
         return b"".join(parts)
 
     def _too_large(self, limit: int) -> HTTPError:

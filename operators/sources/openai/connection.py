@@ -141,6 +141,9 @@ class Connection(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self._read_timer = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_head()  # what it has been asked for before comes first
+            return
         seconds = self.config.limits.read_timeout_s
         self._refuse(HTTPError(408, f"no request came within {seconds:g} s", "read_timeout"))
 

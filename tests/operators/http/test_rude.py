@@ -105,8 +105,22 @@ def test_blank_lines_between_requests_keep_nothing_open(quick):
         read_all(connection)
 
 
-def test_half_a_body_times_out(quick):
-    answer = send(quick, head(length=len(BODY)) + BODY[:5])
+def test_half_a_request_behind_one_that_is_answered_ends_nothing_but_itself(quick):
+    with quick.connect() as connection:
+        connection.sendall(head(length=len(ENDLESS)) + ENDLESS)
+        read_until(connection, b"data: ")
+        (served,) = quick.source.server._server.server_state.connections
+        connection.sendall(b"\r\nGET /hea")
+        quick.until(lambda: served._read_timer is not None)
+        quick.call(served._head_is_late)
+        assert not served.transport.is_closing()
+        read_until(connection, b"data: ")
+    is_fine(quick)
+
+
+@pytest.mark.parametrize("came", [0, 5])
+def test_half_a_body_times_out(quick, came):
+    answer = send(quick, head(length=len(BODY)) + BODY[:came])
     assert statuses(answer) == [408]
     assert b'"code":"read_timeout"' in answer
     is_fine(quick)
