@@ -170,8 +170,9 @@ edges:
             while True:
                 try:
                     self._link = _Link(await self._connect())
-                except OSError as error:
-                    log.warning("%s: no connection to %s: %s", self.context.name, self._peer, error)
+                except _CUT as error:
+                    told = str(error) or "it was closed"
+                    log.warning("%s: no connection to %s: %s", self.context.name, self._peer, told)
                     await anyio.sleep(pause)
                     pause = min(2 * pause, _LAST_PAUSE_S)
                 else:

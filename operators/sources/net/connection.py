@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
+import anyio.lowlevel
 from anyio.streams.tls import TLSStream
 from pydantic import Field
 
@@ -35,6 +36,8 @@ log = logging.getLogger("sageLLM")
 _LINGER_S = 1.0
 _FIRST_PROBE_S = 0.01
 _LAST_PROBE_S = 5.0
+_READ_BYTES = 8192  # and
+_FRAMES_A_TURN = 32  # are what one peer may keep us busy with before everybody else has a turn
 _CUT = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, OSError)
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -183,38 +186,47 @@ class Connection:
     async def _read(self) -> None:
         while not self._framing.is_closed:
             try:
-                data = await self._stream.receive()
+                data = await self._stream.receive(_READ_BYTES)
             except anyio.EndOfStream:
-                self._take(self._framing.end())
+                await self._take(self._framing.end())
                 if not self._framing.may_half_close:
                     raise
                 return
             self._heard_at = anyio.current_time()
             frames = self._framing.receive(data)
             self._outbox.put(self._framing.data_to_send())
-            self._take(frames)
+            await self._take(frames)
             await self._outbox.room(self._config.buffer_bytes)
 
-    def _take(self, frames: list[Frame]) -> None:
-        for frame in frames:
+    async def _take(self, frames: list[Frame]) -> None:
+        for count, frame in enumerate(frames, 1):
             if self._finished is not None:
                 return
-            try:
-                message = read_message(frame, f"request-{self._count + 1}")
-            except MessageError as error:
-                in_flight = error.request_id in self._requests
-                self._tell_error(None if in_flight else error.request_id, str(error), frame)
-                continue
-            if isinstance(message, Authorization):
-                if not self.authenticate(message.header):
-                    self._turn_away("the key is not known", frame)
-            elif not self.is_welcome:
-                self._turn_away('a key is needed: send {"authorization": "Bearer ..."} first', frame)
-            elif isinstance(message, Cancel):
-                if (request := self._requests.get(message.request_id)) is not None:
-                    self._intake.cancel([request])
-            else:
-                self._submit(message, frame)
+            self._take_one(frame)
+            if count % _FRAMES_A_TURN == 0:
+                await anyio.lowlevel.checkpoint()
+                await self._outbox.room(self._config.buffer_bytes)
+
+    def _take_one(self, frame: Frame) -> None:
+        try:
+            message = read_message(frame, f"request-{self._count + 1}")
+        except MessageError as error:
+            in_flight = error.request_id in self._requests
+            self._tell_error(None if in_flight else error.request_id, str(error), frame)
+            if not self.is_welcome:
+                log.info("%s was turned away: what it sent first is no key", self.peer)
+                self.finish("a key is needed")
+            return
+        if isinstance(message, Authorization):
+            if not self.authenticate(message.header):
+                self._turn_away("the key is not known", frame)
+        elif not self.is_welcome:
+            self._turn_away('a key is needed: send {"authorization": "Bearer ..."} first', frame)
+        elif isinstance(message, Cancel):
+            if (request := self._requests.get(message.request_id)) is not None:
+                self._intake.cancel([request])
+        else:
+            self._submit(message, frame)
 
     def _submit(self, request: Request, frame: Frame) -> None:
         self._count += 1

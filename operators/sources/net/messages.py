@@ -14,12 +14,15 @@ import msgpack
 from pydantic_core import from_json
 
 from ....errors import RequestError
+from ....records import Request
 from ..lines import RAW_LIMIT
 from ..request_format import parse_request, request_from_fields
 
 if TYPE_CHECKING:
-    from ....records import Request
     from .framing import Frame
+
+
+_MAX_ID = 512  # characters, as each event repeats it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,11 @@ def read_message(frame: Frame, default_id: str) -> Request | Cancel | Authorizat
     """
     if frame.error is not None:
         raise MessageError(frame.error)
-    return _read_msgpack(frame.data, default_id) if frame.is_msgpack else _read_json(frame.data, default_id)
+    read = _read_msgpack if frame.is_msgpack else _read_json
+    message = read(frame.data, default_id)
+    if isinstance(message, Request) and len(message.request_id) > _MAX_ID:
+        raise MessageError(f"the id has {len(message.request_id)} characters: write {_MAX_ID} at most")
+    return message
 
 
 def _read_json(data: bytes, default_id: str) -> Request | Cancel | Authorization:
@@ -113,5 +120,5 @@ def _id_in(fields: Any) -> str | None:
     for name in ("request_id", "id", "custom_id"):
         value = fields.get(name)
         if type(value) in (str, int) and value != "":
-            return str(value)
+            return str(value) if len(str(value)) <= _MAX_ID else None
     return None

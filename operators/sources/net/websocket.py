@@ -36,7 +36,7 @@ class WebSocket(Framing):
     def __init__(self, protocol: Protocol) -> None:
         self._protocol = protocol
         self._number = 0
-        self._pieces: list[bytes] = []
+        self._begun = bytearray()  # of a message in pieces, which may be as many and as small as its sender likes
         self._is_binary = False
         self._is_rejected = False
 
@@ -58,7 +58,7 @@ class WebSocket(Framing):
 
     def receive(self, data: bytes) -> list[Frame]:
         frames: list[Frame] = []
-        while data and not self._is_rejected:
+        while data and not self.is_closed:
             # The handshake line by line: what comes behind it must not be looked at before it has been answered.
             cut = 0 if self.is_ready else data.find(b"\n") + 1
             self._protocol.receive_data(data[:cut] if cut else data)
@@ -75,10 +75,10 @@ class WebSocket(Framing):
             return []
         if piece.opcode is not Opcode.CONT:
             self._is_binary = piece.opcode is Opcode.BINARY
-        self._pieces.append(bytes(piece.data))
+        self._begun += piece.data
         if not piece.fin:
             return []
-        data, self._pieces = b"".join(self._pieces), []
+        data, self._begun = bytes(self._begun), bytearray()
         self._number += 1
         return [Frame(self._number, data, self._is_binary)] if data.strip() else []
 

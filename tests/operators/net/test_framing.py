@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sageLLM.operators.sources.net.framing import FRAMINGS, JsonLines, LengthPrefixed
+from sageLLM.operators.sources.net.framing import FRAMINGS, Frame, JsonLines, LengthPrefixed
 from sageLLM.operators.sources.net.messages import Authorization, Cancel, MessageError, read_message
 from sageLLM.records import Request
 
@@ -154,6 +154,14 @@ def test_what_is_wrong_is_told_and_shows_no_key(data, told):
     with pytest.raises(MessageError, match=told) as caught:
         read(data)
     assert "sesame" not in str(caught.value)
+
+
+def test_an_id_that_every_event_would_repeat_is_not_long():
+    for fields in ({"prompt": "hi", "id": "x" * 513}, {"prompt": 1, "id": "x" * 513}):
+        with pytest.raises(MessageError) as caught:
+            read_message(Frame(1, json.dumps(fields).encode(), False), "r")
+        assert caught.value.request_id is None
+    assert read_message(Frame(1, json.dumps({"prompt": "hi", "id": "x" * 512}).encode(), False), "r").request_id
 
 
 def test_the_id_of_a_request_that_is_wrong_is_told():

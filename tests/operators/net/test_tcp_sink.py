@@ -164,6 +164,24 @@ def test_tls(send, make_completion):
     assert peer.texts == ["one"]
 
 
+def test_a_peer_that_closes_in_the_tls_handshake_is_tried_again(send, make_completion, monkeypatch):
+    peer, turned_away = Peer(), []
+    connect = anyio.connect_tcp
+
+    async def connect_in_vain_once(*args):
+        stream = await connect(*args)
+        if not turned_away:
+            turned_away.append(stream)
+            await stream.aclose()
+        return stream
+
+    monkeypatch.setattr(anyio, "connect_tcp", connect_in_vain_once)
+    monkeypatch.setattr(tcp_sink, "keep_alive", lambda *_: None)
+    tls = server_context(TLSConfig(cert="server.pem", key="server.key"), CERTIFICATES)
+    send([[make_completion(text="one")]], peer, tls=tls, ca=str(CERTIFICATES / "ca.pem"))
+    assert peer.texts == ["one"]
+
+
 def test_a_ca_without_tls_is_refused():
     with pytest.raises(ConfigError, match="ca is for tls: true"):
         TcpSinkConfig(host="a", port=1, ca="ca.pem")

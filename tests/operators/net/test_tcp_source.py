@@ -9,12 +9,14 @@ import struct
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 from anyio.abc import SocketAttribute
 from anyio.streams.tls import TLSStream
 
 from sageLLM.errors import ConfigError
 from sageLLM.operators.sinks.reply_format import delta_fields
+from sageLLM.operators.sources.net import connection
 from sageLLM.operators.sources.net.tls import client_context
 from sageLLM.records import Request, SamplingParams, Sequence, TokenDelta, ToolCall
 
@@ -162,6 +164,24 @@ def test_a_message_that_is_no_msgpack_is_an_error_and_the_connection_lives(serve
             assert (await client.ends(1))["b"]["event"] == "done"
 
     serve(body, {"max_message_bytes": 1000, "framing": "msgpack"})
+
+
+def test_who_sends_garbage_lets_everybody_else_have_a_turn(serve, monkeypatch):
+    turns = []
+
+    async def body(server):
+        read = connection.read_message
+        monkeypatch.setattr(connection, "read_message", lambda *args: turns.append(0) or read(*args))
+        async with await server.connect() as rude, anyio.create_task_group() as tasks:
+            await rude.stream.send(b"1\n" * 3000)
+            longest = at = 0
+            while len(turns) < 3000:
+                await anyio.lowlevel.checkpoint()
+                longest, at = max(longest, len(turns) - at), len(turns)
+            assert longest <= 64
+            tasks.cancel_scope.cancel()
+
+    serve(body, {"buffer_bytes": 10_000_000})
 
 
 def test_an_id_that_is_in_flight_is_refused_and_the_first_one_goes_on(serve, endless):
@@ -351,7 +371,9 @@ def test_with_keys_the_first_message_must_be_one(serve, keys, endless):
     serve(body, keys)
 
 
-@pytest.mark.parametrize("first", [{"authorization": "Bearer wrong-one"}, {**HI, "id": "a"}, {"cancel": "a"}])
+@pytest.mark.parametrize(
+    "first", [{"authorization": "Bearer wrong-one"}, {**HI, "id": "a"}, {"cancel": "a"}, {"key": "wrong-one"}]
+)
 def test_who_has_no_key_is_told_so_and_closed(serve, keys, first, caplog):
     caplog.set_level(logging.DEBUG)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -81,3 +82,32 @@ def test_who_is_refused_learns_why():
     client.receive(server.refuse({"error": "1 connections are open"}))
     assert client.is_closed
     assert client.rejection == "503 Service Unavailable: 1 connections are open"
+
+
+def test_a_message_in_endless_empty_pieces_takes_no_room():
+    server = WebSocketServer(50, [], lambda authorization: True)
+    server.receive(HELLO + Piece(Opcode.TEXT, b"", False).serialize(mask=True))
+    more = Piece(Opcode.CONT, b"", False).serialize(mask=True) * 1000
+    tracemalloc.start()
+    for _ in range(20):
+        server.receive(more)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 20_000
+
+
+def test_behind_what_is_no_handshake_nothing_is_looked_at(monkeypatch):
+    server = WebSocketServer(50, [], lambda authorization: True)
+    looked_at = []
+    monkeypatch.setattr(server._protocol, "receive_data", _noting(looked_at, server._protocol.receive_data))
+    server.receive(b"\n" * 10_000)
+    assert server.is_closed
+    assert len(looked_at) < 5
+
+
+def _noting(notes, function):
+    def call(data):
+        notes.append(data)
+        return function(data)
+
+    return call
