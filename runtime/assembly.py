@@ -36,17 +36,17 @@ def assemble(pipeline: Pipeline, services: EngineServices) -> Flow:
         factories[node.name] = partial(_make, node, context)
     flow = Flow(factories, pipeline.edges, ledger, pipeline.max_error_ratio, services.cancel, services.let_go)
     drains.append(flow.drain)
-    ledger.on_settled(partial(_tell_callers, flow, services))
+    ledger.on_ended(partial(_tell_callers, flow, services))
     return flow
 
 
-def _tell_callers(flow: Flow, services: EngineServices, settled: Settled) -> None:
+def _tell_callers(flow: Flow, services: EngineServices, ended: Settled) -> None:
     """Of requests that end without a record at the reply_sink, such as those that a stage has dropped."""
     if flow.has_ended:
         return  # whoever ended it says why
-    for request, outcome in settled:
+    for request, outcome in ended:
         tell_end(request, None, outcome)
-    services.calls.forget(settled)
+    services.calls.forget(ended)
 
 
 def _make(node: Node, context: OperatorContext) -> Operator[Any]:

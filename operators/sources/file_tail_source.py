@@ -200,8 +200,8 @@ class _Followed:
     def skip_to_end(self) -> None:
         """Go on behind the last whole line; lines keep their numbers."""
         size = os.fstat(self.fd).st_size
-        while self._offset < size:
-            self.splitter.feed(self.read())
+        while self._offset < size and (chunk := self.read()):  # none if it is cut off meanwhile
+            self.splitter.feed(chunk)
 
     def _has_new_head(self) -> bool:
         return os.pread(self.fd, len(self._head), 0) != self._head

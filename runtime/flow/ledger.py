@@ -110,6 +110,7 @@ class Ledger:
         self.accepted = 0
         self.filtered = 0  # of those done: left out on purpose
         self._listeners: list[Callable[[Settled], None]] = []
+        self._end_listeners: list[Callable[[Settled], None]] = []
         self._failure_listeners: list[Callable[[], None]] = []
 
     # -- listeners ---------------------------------------------------------------------------------------------------
@@ -117,6 +118,10 @@ class Ledger:
     def on_settled(self, listener: Callable[[Settled], None]) -> None:
         """Call `listener` with each list of requests that ended; of a copied request with each Request object."""
         self._listeners.append(listener)
+
+    def on_ended(self, listener: Callable[[Settled], None]) -> None:
+        """As `on_settled`, but of a copied request once, when all its copies have ended, with the worst outcome."""
+        self._end_listeners.append(listener)
 
     def on_failed(self, listener: Callable[[], None]) -> None:
         """Call `listener` whenever the error count has grown."""
@@ -177,6 +182,7 @@ class Ledger:
     def settle(self, endings: Iterable[tuple[Request, Outcome]]) -> None:
         """Records end, and with the last of them their request; to one that has ended already nothing happens."""
         settled: Settled = []
+        whole: Settled = []
         entries, ended, condemned = self._open, self._ended, self._condemned
         errors = ended[Outcome.ERROR]
         for request, outcome in endings:
@@ -185,17 +191,21 @@ class Ledger:
                 del entries[key]
                 ended[outcome] += 1
                 settled.append((request, outcome))
+                whole.append((request, outcome))
                 if condemned:
                     condemned.discard(key)
             elif key in self._branches:
-                self._settle_branch(self._branches[key], outcome, settled)
+                self._settle_branch(self._branches[key], outcome, settled, whole)
         if settled:
             for listener in self._listeners:
                 listener(settled)
+        if whole:
+            for listener in self._end_listeners:
+                listener(whole)
         if ended[Outcome.ERROR] > errors:
             self._tell_failed()
 
-    def _settle_branch(self, branch: _Branch, outcome: Outcome, settled: Settled) -> None:
+    def _settle_branch(self, branch: _Branch, outcome: Outcome, settled: Settled, whole: Settled) -> None:
         branch.worst = _worse(branch.worst, outcome)
         branch.records -= 1
         if branch.records:
@@ -209,6 +219,7 @@ class Ledger:
         if not family.open:
             del self._open[id(family.root)]
             self._ended[family.worst] += 1
+            whole.append((family.root, family.worst))
 
     def settle_filtered(self, endings: Settled) -> None:
         """Records were left out on purpose."""

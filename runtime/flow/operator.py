@@ -117,6 +117,7 @@ class Operator(Generic[ConfigT]):
     provides: ClassVar[frozenset[str]] = frozenset()
     precedes: ClassVar[frozenset[str]] = frozenset()
     single: ClassVar[bool] = False
+    answered_by: ClassVar[str | None] = None
     writes: ClassVar[str | None] = None
     reads: ClassVar[str | None] = None
     example: ClassVar[str] = ""
@@ -183,6 +184,7 @@ def operator(name: str) -> Callable[[OperatorT], OperatorT]:
                 provides=cls.provides,
                 precedes=cls.precedes,
                 single=cls.single,
+                answered_by=cls.answered_by,
                 writes=cls.writes,
                 reads=cls.reads,
                 example=cls.example,

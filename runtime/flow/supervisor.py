@@ -125,10 +125,13 @@ class Supervisor:
         if not self.is_source:
             await self.operator.run(self._inlet, self._outlet)
             return
-        with anyio.CancelScope() as self._source_scope:
-            if self._draining:
-                self._source_scope.cancel()
-            await self.operator.run(self._inlet, self._outlet)
+        try:
+            with anyio.CancelScope() as self._source_scope:
+                if self._draining:
+                    self._source_scope.cancel()
+                await self.operator.run(self._inlet, self._outlet)
+        finally:
+            self._source_scope = None  # an instance that is being opened is not to be told of a drain
 
     async def _recover(self, error: BaseException) -> bool:
         """After a failure: account for what was held, close, wait. False when there is no going on."""

@@ -13,6 +13,7 @@ import anyio
 import pytest
 
 from sageLLM.errors import ConfigError
+from sageLLM.operators.sources import file_tail_source
 from sageLLM.operators.sources.file_tail_source import FileTailSource
 
 POLL_S = 0.002
@@ -245,3 +246,15 @@ def test_with_jsonl_sink_exactly_once_across_kill_9(log, tmp_path):
         process.wait(30)
     rows = [json.loads(row)["request_id"] for row in answers.read_bytes().splitlines()]
     assert sorted(rows) == sorted(f"r{number}" for number in range(written))
+
+
+def test_a_file_that_is_cut_off_while_its_end_is_looked_for(tmp_path, monkeypatch):
+    path = tmp_path / "requests.jsonl"
+    path.write_bytes(b"0123456789")
+    monkeypatch.setattr(file_tail_source, "_CHUNK_BYTES", 4)
+    fd = os.open(path, os.O_RDONLY)
+    file = file_tail_source._Followed(fd, 100)
+    monkeypatch.setattr(file.splitter, "feed", lambda chunk: os.truncate(path, 0))
+    file.skip_to_end()
+    assert file.was_cut_off
+    os.close(fd)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from copy import copy
+from pathlib import Path
+
 import pytest
 
+import sageLLM
+from sageLLM.config import SageLLMConfig
+from sageLLM.graph import load_pipeline
 from sageLLM.operators.sinks.reply_sink import ReplySink
 from sageLLM.records import Choice, Completion, DeadLetter, FinishReason, Request, TokenDelta
+from sageLLM.runtime.assembly import assemble
 from sageLLM.runtime.calls import CallDesk, Caller
 from sageLLM.runtime.flow.ledger import Outcome
+from sageLLM.runtime.services import EngineServices
+
+SERVE = Path(sageLLM.__file__).parent / "pipelines" / "serve.yaml"
 
 
 class Notes(Caller):
@@ -79,6 +89,20 @@ def test_the_first_end_of_a_copied_request_counts(deliver):
     request = Request("r", prompt="hi")
     ends = [Completion(request, [Choice(text=text)], 1) for text in ("first", "second")]
     assert deliver([request], *ends) == [[(ends[0], Outcome.DONE)]]
+
+
+def test_a_copy_that_ends_elsewhere_is_no_end_while_another_is_under_way():
+    services = EngineServices(SageLLMConfig.model_validate({"model": {"model_id": "builtin:null"}}))
+    ledger = assemble(load_pipeline(SERVE), services).ledger
+    request = Request("r", prompt="hi")
+    request.caller = Notes()
+    twin = copy(request)
+    ledger.accept([request])
+    ledger.fork_request(request, twin)
+    ledger.settle([(twin, Outcome.DONE)])  # left out by a filter
+    assert request.caller.told == []
+    ledger.settle([(request, Outcome.ERROR)])
+    assert request.caller.told == [(None, Outcome.ERROR)]
 
 
 def test_when_the_flow_dies_every_call_of_a_program_still_hears_an_end():

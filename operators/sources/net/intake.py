@@ -180,8 +180,13 @@ class Intake:
         """Take nothing from now on, and tell everybody who is in flight an error."""
         self._over = self._over or reason
         self._arrivals.close()
-        for request, _ in [*self._open.values()]:
+        unsent, left = [*self._unsent.values()], [request for request, _ in self._open.values()]
+        for request in left:
             tell_end(request, DeadLetter(reason, request=request), Outcome.ERROR)
+        ledger = self.context.ledger
+        ledger.accept(unsent)
+        ledger.settle([(request, Outcome.ERROR) for request in unsent])
+        self.cancel(left)  # nobody waits for what is still computed, if the flow goes on
 
 
 class _Admitted(Caller):

@@ -232,3 +232,22 @@ def test_when_the_flow_goes_everybody_is_told_an_error(tmp_path, on_loop):
         assert it.submit()[0].kind == "closing"
 
     on_loop(main)
+
+
+def test_when_only_the_source_fails_what_it_had_sent_is_not_computed_any_longer(tmp_path, on_loop):
+    async def main():
+        it = Bench(tmp_path)
+        it.out.gate = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(it.intake.run, it.out)
+            _, sent, _ = it.submit()
+            await anyio.wait_all_tasks_blocked()
+            _, waiting, caller = it.submit()
+            tasks.cancel_scope.cancel()
+        assert sent.cancelled and it.ledger.is_open(sent)
+        assert caller.end is not None and not it.ledger.is_open(waiting)
+        assert it.ledger.counters()["error"] == 1
+        it.ledger.settle([(sent, Outcome.CANCELLED)])
+        it.ledger.check()
+
+    on_loop(main)

@@ -268,6 +268,36 @@ async def test_a_source_that_drains_by_itself_waits_for_its_results(lab):
     assert lab.diary.index("source answered") < lab.diary.index("source close")
 
 
+async def test_a_drain_while_a_source_is_opened_again_is_not_told_to_what_is_not_open(lab):
+    opened = []
+
+    class Fragile(lab.Source):
+        is_open = False
+
+        async def open(self):
+            if opened:
+                await anyio.sleep(1)
+            opened.append(self)
+            self.is_open = True
+
+        def drain(self):
+            assert self.is_open
+            return False
+
+        async def run(self, inlet, out):
+            if len(opened) == 1:
+                raise RuntimeError("once")
+            await super().run(inlet, out)
+
+    flow = lab.flow({"source": (Fragile, {"count": None}), "sink": lab.Sink}, ["source -> sink"])
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(flow.run)
+        await anyio.sleep(0.5)
+        assert len(opened) == 1
+        flow.drain("enough")
+    assert len(opened) == 2
+
+
 async def test_a_drain_before_the_run_leaves_nothing_to_do(lab):
     flow = lab.flow({"source": (lab.Source, {"count": None}), "sink": lab.Sink}, ["source -> sink"])
     flow.drain("never mind")

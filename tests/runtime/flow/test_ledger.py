@@ -65,6 +65,19 @@ def test_a_copied_request_is_told_for_each_object_when_that_ends():
     assert ledger.counters()["error"] == 1 and ledger.counters()["in_flight"] == 0
 
 
+def test_a_copied_request_has_ended_once_all_its_copies_have_and_then_is_told_once():
+    ledger, one, plain = Ledger(), request(), request()
+    told = []
+    ledger.on_ended(told.extend)
+    ledger.accept([one, plain])
+    twin = copy(one)
+    ledger.fork_request(one, twin)
+    ledger.settle([(one, Outcome.ERROR), (plain, Outcome.DONE)])
+    assert told == [(plain, Outcome.DONE)]
+    ledger.settle([(twin, Outcome.DONE)])
+    assert told == [(plain, Outcome.DONE), (one, Outcome.ERROR)]
+
+
 def test_the_copies_of_a_request_are_those_that_are_in_flight():
     ledger, one, other = Ledger(), request(), request()
     ledger.accept([one, other])
