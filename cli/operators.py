@@ -44,6 +44,8 @@ def describe(spec: OperatorSpec) -> list[str]:
         lines.append(f"Makes records: {', '.join(sorted(spec.provides))}")
     if spec.precedes:
         lines.append(f"Comes before they are: {', '.join(sorted(spec.precedes))}")
+    if spec.answered_by:
+        lines.append(f"Needs downstream: {spec.answered_by}")
     if spec.single:
         lines.append("Once in a pipeline.")
     lines += _fields(spec)

@@ -60,6 +60,8 @@ def check_graph(draft: Draft, base_dir: Path, problems: Problems) -> list[Edge]:
     _check_stages(draft, forward, order, kinds, problems)
     _check_late_stages(draft, forward, order, kinds, problems)
     _check_single(draft, problems)
+    if draft.all_known and draft.wiring.complete and not draft.wiring.unsure:
+        _check_answered(draft, problems)
     _check_copies(draft, kinds, problems)
     _check_fields(draft, kinds, problems)
     return [replace(wire.edge, kinds=kinds.get(wire.edge, frozenset())) for wire in draft.wiring.wires]
@@ -296,6 +298,28 @@ def _check_single(draft: Draft, problems: Problems) -> None:
         if spec.single and first.setdefault(spec.name, name) != name:
             text = f"{name!r} is a second {spec.name!r} beside {first[spec.name]!r}; a pipeline has one worker, and so "
             problems.add(("operators", name), text + f"one {spec.name!r} stage: merge the two", at_key=True)
+
+
+def _check_answered(draft: Draft, problems: Problems) -> None:
+    for name, spec in draft.specs.items():
+        wanted = spec.answered_by
+        if wanted is not None and wanted not in {draft.specs[each].name for each in _downstream_of(name, draft)}:
+            text = f"nobody answers the calls of {spec.title(name)}: results must reach a {wanted!r}; write "
+            text += f"`reply: {{type: {wanted}}}` under operators and `... -> reply` under edges"
+            problems.add(("operators", name), text, at_key=True)
+
+
+def _downstream_of(name: str, draft: Draft) -> set[str]:
+    """What results reach that are no errors."""
+    reached: set[str] = set()
+    stack = [name]
+    while stack:
+        at = stack.pop()
+        edges = [wire.edge for wire in draft.wiring.wires if wire.edge.source == at]
+        following = {edge.target for edge in edges if edge.source_port != "error"} - reached
+        reached |= following
+        stack += following
+    return reached
 
 
 def _check_copies(draft: Draft, kinds: dict[Edge, frozenset[RecordKind]], problems: Problems) -> None:

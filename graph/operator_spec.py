@@ -49,9 +49,10 @@ class OperatorSpec:
 
     `requires` and `provides` name facts about a sequence ("leased", "prefilled"): on every path from a source, each
     required fact must have been provided upstream; this finds missing stages. No fact of `precedes` may be provided
-    upstream on any path: this stage would come too late. A `single` operator stands once in a pipeline. `writes` and
-    `reads` name the config fields whose values are files that this operator writes or reads, so that two writers of one
-    file are found, and a writer of a file that is read.
+    upstream on any path: this stage would come too late. A `single` operator stands once in a pipeline.
+    What leaves a source must be able to reach its `answered_by`, an operator's type. `writes` and `reads` name the
+    config fields whose values are files that this operator writes or reads, so that two writers of one file are found,
+    and a writer of a file that is read.
     """
 
     name: str
@@ -64,6 +65,7 @@ class OperatorSpec:
     provides: frozenset[str] = field(default_factory=frozenset)
     precedes: frozenset[str] = field(default_factory=frozenset)
     single: bool = False
+    answered_by: str | None = None
     writes: str | None = None
     reads: str | None = None
     example: str = ""

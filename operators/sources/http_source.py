@@ -38,6 +38,7 @@ class HttpSource(Operator[HTTPConfig]):
 
     config_model = HTTPConfig
     outputs = (Port("out", frozenset({RecordKind.REQUEST})),)
+    answered_by = "reply_sink"
     guarantee = "at most once; each call gets exactly one answer, or one end of its stream, while its connection lasts"
     example = """\
 operators:

@@ -55,6 +55,8 @@ def fake_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         provides=frozenset({"decoded"}),
     )
     declare("detokenize", (port("in", SEQUENCE, DELTA),), (port("out", COMPLETION),), requires=frozenset({"decoded"}))
+    declare("serve", (), (out,), answered_by="write_back")
+    declare("write_back", (port("in", COMPLETION, DEAD),), ())
     declare("write", (port("in", COMPLETION, DEAD),), (), config_model=PathConfig, writes="path")
     declare("filter", (port("in"),), (port("out", same_as="in"), port("rejected", same_as="in", optional=True)))
     declare("look", (port("in", SEQUENCE),), (port("out", SEQUENCE),), precedes=frozenset({"prefilled"}))

@@ -78,6 +78,7 @@ CASES = {
     "missing stage": (("tokenize -> prefill -> decode", "tokenize -> decode"), r"p.yaml:10:3: 'decode' needs records that are 'prefilled', but those from 'tokenize' are not: a stage is missing; put 'prefill' upstream"),
     "late stage": (("edges:\n  - read -> tokenize -> prefill ->", "  look:\nedges:\n  - read -> tokenize -> prefill -> look ->"), r"p.yaml:18:3: 'look' comes too late: its records are 'prefilled' already, by 'prefill'; put it upstream of 'prefill'"),
     "second single stage": (("edges:\n  - read -> tokenize ->", "  more: {type: prefill}\nedges:\n  - read -> tokenize -> more ->"), r"p.yaml:18:3: 'more' is a second 'prefill' beside 'prefill'; a pipeline has one worker"),
+    "nobody answers": (("edges:", "  serve:\n  write_back:\nedges:\n  - serve -> tokenize\n  - decode.error -> write_back"), r"p.yaml:18:3: nobody answers the calls of 'serve': results must reach a 'write_back'; write `reply: \{type: write_back\}`"),
     "copied sequences": (("edges:", "  look:\nedges:\n  - tokenize -> look -> prefill"), r"p.yaml:21:25: tokenize.out gives sequences, which cannot be copied, and goes to 'look' already; leave one edge"),
     "gates without figures": (("vars:", "engine: {benchmark: {enable_gates: true, max_ttft_ms: 9}}\nvars:"), r"p.yaml:2:36: enable_gates needs the figures of a 'metrics' stage; add `metrics:`"),
     "two writers": (("path: dead.jsonl", "path: ./x/../answers.jsonl"), r"p.yaml:17:11: 'dead' writes './x/../answers.jsonl', which 'write' writes too"),
