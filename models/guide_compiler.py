@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
     from .tokenizer import TextTokenizer
 
 _MAX_GRAMMARS = 256
+_MAX_SOURCE = 256 * 1024
+_STACK_BYTES = 512 * 1024 * 1024  # llguidance recurses over rules: as deep as such a source can make it
+_MAX_MULTIPLE = 100_000  # so many states has a lexer of its multiples, whatever llguidance's limits: a second
+_MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*-?(\d+)(?:\.(\d+))?(?:[eE]([-+]?\d+))?')
+_ASCII_ESCAPE = re.compile(r"\\u00([0-7][0-9a-fA-F])")
 _WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,40}"  # between tokens of JSON: bounded, else weak models write nothing else
 _OWN_STATE = re.compile("<(?:state|backtrace|non-verbose)")
 _NAMES = {
@@ -76,7 +84,8 @@ class GuideCompiler:
             if known is not None:
                 self._compiled.move_to_end(guide)
                 return known.deep_copy()
-        matcher = self._compile(guide)
+        _check_size(guide)
+        matcher = _run_on_deep_stack(lambda: self._compile(guide))
         with self._lock:
             self._compiled[guide] = matcher
             while len(self._compiled) > _MAX_GRAMMARS:
@@ -138,6 +147,62 @@ def describe_error(matcher: LLMatcher) -> str:
     """
     lines = [line for line in _OWN_STATE.split(matcher.get_error())[0].splitlines() if line[:1].strip()]
     return re.sub(r"^(at )?(\d+)\((\d+)\)", r"line \2, column \3", " ".join(lines))
+
+
+def _check_size(guide: Guide) -> None:
+    """Refuse what llguidance would not end with, or would end the process with."""
+    if len(guide.source) > _MAX_SOURCE:
+        found = f"found {len(guide.source)} characters, write at most {_MAX_SOURCE}"
+        raise RequestError(f"{_NAMES[guide.kind]}: it is too large: {found}")
+    if guide.kind is GuideKind.REGEX:
+        return
+    plain = _ASCII_ESCAPE.sub(lambda match: chr(int(match[1], 16)), guide.source)
+    if _common_multiple(_MULTIPLE_OF.findall(plain)) > _MAX_MULTIPLE:
+        raise RequestError(
+            f"{_NAMES[guide.kind]}: multipleOf is too large, or there are too many: write numbers with a common "
+            f"multiple of at most {_MAX_MULTIPLE}, counted in the last decimal place of any"
+        )
+
+
+def _common_multiple(numbers: list[tuple[str, str, str]]) -> float:
+    """Of decimal numbers as (whole, fraction, power of ten), in units of the last place of any."""
+    found = []
+    for whole, fraction, power in numbers:
+        digits = (whole + fraction).lstrip("0")
+        short = digits.rstrip("0")
+        if len(short) > 9 or len(power) > 4:
+            return math.inf
+        if short:
+            found.append((int(short), int(power or 0) - len(fraction) + len(digits) - len(short)))
+    places = [0, *(place for _, place in found)]
+    if max(places) > 9 or (found and max(places) - min(places) > 9 and len(found) > 1):
+        return math.inf
+    last = min(places)
+    return math.lcm(*(number * 10 ** (place - last) for number, place in found))
+
+
+def _run_on_deep_stack(compute: Callable[[], LLMatcher]) -> LLMatcher:
+    done: Future[LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(compute())
+        except Exception as error:
+            done.set_exception(error)
+        except BaseException as panic:  # of llguidance, which no `except Exception` would stop
+            done.set_exception(RequestError(f"llguidance cannot compile this grammar: {panic}"))
+
+    thread = threading.Thread(target=run, name="sagellm-grammar", daemon=True)
+    with _STACK_LOCK:
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    return done.result()
+
+
+_STACK_LOCK = Lock()  # the size is the process's
 
 
 def _explain(guide: Guide, matcher: LLMatcher) -> str:

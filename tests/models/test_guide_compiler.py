@@ -49,9 +49,46 @@ def test_each_output_has_a_matcher_of_its_own(compiler):
     assert second.consume_tokens(compiler.tokenizer.tokenize_str("bc"))
 
 
+def chain_of_rules(length):
+    return "start: r0\n" + "\n".join(f'r{at}: "a" r{at + 1} | "b"' for at in range(length)) + f'\nr{length}: "a"'
+
+
+def chain_of_references(length):
+    definitions = {f"d{at}": {"$ref": f"#/$defs/d{at + 1}"} for at in range(length)}
+    return json.dumps({"$defs": {**definitions, f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"})
+
+
+@pytest.mark.parametrize(("kind", "source"), [(GRAMMAR, chain_of_rules(5000)), (SCHEMA, chain_of_references(5000))])
+def test_rules_may_be_as_deep_as_a_source_has_room_for(compiler, kind, source):
+    assert following(compiler, Guide(kind, source))  # and the process lives
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        (SCHEMA, '{"multipleOf":9999991}'),
+        (SCHEMA, '{"multipleOf":1e999999999}'),
+        (SCHEMA, '{"allOf":[{"multipleOf":9973},{"multipleOf":10.007}]}'),
+        (GRAMMAR, 'start: %json {"type": "integer", "\\u006dultipleOf" : 9999991}'),
+    ],
+)
+def test_multiples_that_would_take_for_ever_are_refused(compiler, kind, source):
+    with pytest.raises(RequestError, match="multipleOf is too large"):
+        compiler.check(Guide(kind, source))
+
+
+def test_usual_multiples_are_not(compiler):
+    for numbers in ("0.01", "5", "0.5", "1000", "-3.0", "0"):
+        try:
+            compiler.check(Guide(SCHEMA, f'{{"type":"number","multipleOf":{numbers}}}'))
+        except RequestError as error:
+            assert float(numbers) <= 0 and "too large" not in str(error)
+
+
 @pytest.mark.parametrize(
     ("kind", "source", "error"),
     [
+        (GRAMMAR, "start: /" + "a" * 2**18 + "/", "guided_grammar: it is too large: found 262153 characters, write at most 262144"),
         (REGEX, "a(", 'guided_regex: invalid regex "a(": regex parse error: error: unclosed group'),
         (REGEX, "", "guided_regex: it allows nothing but an empty output: write one that allows more"),
         (GRAMMAR, 'start: "a" foo', 'guided_grammar: line 1, column 8: unknown name: "foo"'),

@@ -17,11 +17,20 @@ from schemathesis.specs.openapi.checks import (
 from sageLLM.operators.sources.openai.endpoints import ENDPOINTS
 from sageLLM.operators.sources.openai.openapi import describe
 
+from .conftest import serving
+
 DESCRIBED = schemathesis.openapi.from_dict(describe(ENDPOINTS, has_keys=False))
 CHECKS = [
     not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
     negative_data_rejection,
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short_server():
+    """A server of the null model, whose answers end soon also where nobody says when."""
+    with serving("model=builtin:null", "engine.model.max_seq_len=512") as server:
+        yield server
 
 
 def test_it_is_served(null_server):
@@ -32,7 +41,7 @@ def test_it_is_served(null_server):
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.path)
-def test_the_api_does_what_it_describes(null_server, endpoint, mode):
+def test_the_api_does_what_it_describes(short_server, endpoint, mode):
     operation = DESCRIBED[endpoint.path][endpoint.method]
     if mode is GenerationMode.NEGATIVE and endpoint.body is None:
         pytest.skip("nothing to get wrong")
@@ -40,7 +49,7 @@ def test_the_api_does_what_it_describes(null_server, endpoint, mode):
     @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case):
-        base = f"http://127.0.0.1:{null_server.port}"
+        base = f"http://127.0.0.1:{short_server.port}"
         case.call_and_validate(base_url=base, checks=CHECKS, timeout=20)
 
     check()
