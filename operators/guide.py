@@ -45,8 +45,9 @@ class GuideConfig(OperatorConfig):
 class GuideOutputs(Operator[GuideConfig]):
     """Compiles the JSON schema, regular expression or grammar that a request's outputs must conform to, by llguidance.
 
-    From then on only tokens that conform are chosen for it. Grammars are compiled on threads, each once while it is in
-    use; requests without one pass by. Without this stage `schedule` rejects requests that have one.
+    From then on only tokens that conform are chosen for it. Grammars are compiled on threads, four at a time, each once
+    while it is in use; requests without one pass by, until `buffer` others wait for theirs. Without this stage
+    `schedule` rejects requests that have one.
 
     Guarantee: each sequence leaves exactly once, on `out`, or on `error` if its grammar is wrong or too large, or the
     model cannot be guided. In order, except that those whose grammar is being compiled are overtaken.
@@ -70,6 +71,7 @@ class GuideOutputs(Operator[GuideConfig]):
         self._guides = self.context.engine.guides
         self._default = self.config.guide
         self._waiting: dict[Guide, list[Sequence]] = {}  # for what is being compiled
+        self._threads = anyio.CapacityLimiter(_COMPILED_AT_ONCE)
         self._room = anyio.Event()
         if self._default is not None:
             try:
@@ -105,13 +107,12 @@ class GuideOutputs(Operator[GuideConfig]):
 
     @property
     def _is_full(self) -> bool:
-        count = sum(map(len, self._waiting.values()))
-        return len(self._waiting) >= _COMPILED_AT_ONCE or count >= self.config.buffer
+        return sum(map(len, self._waiting.values())) >= self.config.buffer
 
     async def _compile(self, guide: Guide, out: Outlet) -> None:
         error = ""
         try:
-            await anyio.to_thread.run_sync(self._guides.check, guide)
+            await anyio.to_thread.run_sync(self._guides.check, guide, limiter=self._threads)
         except RequestError as wrong:
             error = str(wrong)
         sequences = self._waiting.pop(guide)

@@ -95,17 +95,27 @@ def test_who_has_no_grammar_overtakes_one_that_takes_long_which_is_compiled_once
     on_loop(main)
 
 
-def test_while_many_grammars_are_compiled_the_inputs_are_not_read(on_loop, engine, monkeypatch):
-    release = threading.Event()
-    monkeypatch.setattr(engine.services.guides, "check", lambda guide: release.wait(20))
+def test_many_grammars_that_take_long_hold_up_nobody_else_until_the_buffer_is_full(on_loop, engine, monkeypatch):
+    release, begun = threading.Event(), []
+
+    def check(guide):
+        begun.append(guide)
+        release.wait(20)
+
+    monkeypatch.setattr(engine.services.guides, "check", check)
 
     async def main():
-        async with engine.stage(GuideOutputs) as stage:
-            for n in range(7):
+        async with engine.stage(GuideOutputs, buffer=6) as stage:
+            for n in range(5):
                 await stage.put(asking(engine, Guide(GuideKind.REGEX, f"{n}")))
-            assert stage.taken == 4
+            plain = engine.sequence([1])
+            assert await stage.put(plain) == [plain]
+            await stage.until(lambda: len(begun) == 4)  # at once
+            for n in range(5, 8):
+                await stage.put(asking(engine, Guide(GuideKind.REGEX, f"{n}")))
+            assert stage.taken == 7
             release.set()
-            await stage.until(lambda: len(stage.sent) == 7)
+            await stage.until(lambda: len(stage.sent) == 9)
 
     on_loop(main)
 
