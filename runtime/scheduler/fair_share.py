@@ -46,11 +46,11 @@ class FairShare:
     the last granted first; so they are when a step runs out of blocks. Steps compute prompts by `PromptTurns`.
 
     So with half of the weight a tenant can have half of the slots, of the KV pool and of each step's room for prompts,
-    whatever the other sends. Its slowest first token comes at most twice as late, and five steps, as beside a tenant
+    whatever the other sends. Its slowest first token comes at most twice as late, and six steps, as beside a tenant
     that sends as much for its weight, if the pool holds four of the largest requests (in a smaller one what a tenant
-    may have is a request or none, and who comes second waits for all of the first), `max_step_tokens` is at least twice
-    `max_batch_size` (rows that decode come first; in mode TIME_SHARE see `StepShares`), and its share of the slots is a
-    whole number (it is rounded down).
+    may have is a request or none, and who comes second waits for all of the first) and `max_step_tokens` is at least
+    twice `max_batch_size` (rows that decode come first; in mode TIME_SHARE see `StepShares`). Random loads say so, as
+    docs/performance.md tells; it is no proof.
 
     These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
     Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.
@@ -190,11 +190,11 @@ class FairShare:
                 self._forget_or_remember(tenant, account)
 
     def _is_below_share(self, tenant: str, count: int, slots: int | None = None) -> bool:
-        """Whether a tenant that holds none, or so many slots, has no more than its share with `count` others: of all,
-        among the tenants that are here."""
+        """Whether a tenant that holds none, or so many slots, has no more than its share, rounded up, with `count`
+        others: of all, among the tenants that are here."""
         slots = self._accounts[tenant].slots if slots is None else slots
         weight = self._weight(tenant)
-        return not slots or slots + count <= self._shared_slots * weight / max(self._present_weight, weight)
+        return not slots or slots + count < self._shared_slots * weight / max(self._present_weight, weight) + 1
 
     def _had(self, tenant: str) -> float:
         account = self._accounts[tenant]
