@@ -108,9 +108,12 @@ class _Plain:
 
     async def follow(self, flow: Flow) -> None:
         await _tell_addresses(flow)
+        told = ""
         while True:
             await anyio.sleep(_PLAIN_INTERVAL_S)
-            print(_describe(flow), file=sys.stderr, flush=True)
+            if (line := _describe(flow)) != told:  # a server may be idle for days
+                print(line, file=sys.stderr, flush=True)
+                told = line
 
     def summarize(self, report: FlowReport, summaries: list[MetricsSummary], notes: list[str]) -> None:
         _print_summary(report, summaries, notes)

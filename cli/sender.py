@@ -76,7 +76,8 @@ class Sender:
         try:
             request = from_json(line)
         except ValueError as error:
-            self._end(error_fields(f"line-{number}", f"line {number} is not JSON: {error}"))
+            why = str(error).replace("at line 1 column", "at column")
+            self._end(error_fields(f"line-{number}", f"line {number} is not JSON: {why}"))
             return None
         if not isinstance(request, dict):
             self._end(error_fields(f"line-{number}", f"line {number} is no JSON object"))
@@ -128,7 +129,9 @@ class Sender:
                 break
         if self._all_sent and not (self._pending or self._again):
             return
-        raise FlowError(f"the connection ended with {len(self._pending) + len(self._again)} requests in flight")
+        rest = "" if self._all_sent else ", before the whole file was sent"
+        ended, waiting = sum(self.counts.values()), len(self._pending) + len(self._again)
+        raise FlowError(f"the connection ended with {waiting} requests in flight and {ended} ended{rest}")
 
     def _take(self, event: dict[str, Any]) -> None:
         request_id = event["request_id"]

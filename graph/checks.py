@@ -39,6 +39,14 @@ class Draft:
 
 
 @runtime_checkable
+class ListensOn(Protocol):
+    """A configuration of what listens; `port` 0 is any free one."""
+
+    host: str
+    port: int
+
+
+@runtime_checkable
 class JudgesRecords(Protocol):
     """A configuration that names fields of the records which arrive."""
 
@@ -55,6 +63,7 @@ def check_graph(draft: Draft, base_dir: Path, problems: Problems) -> list[Edge]:
         _check_connected(draft, problems)
     forward = _check_cycles(draft, problems)
     _check_writers(draft, base_dir, problems)
+    _check_listeners(draft, problems)
     order = _topological(draft, forward)
     kinds = _check_kinds(draft, forward, order, problems)
     _check_stages(draft, forward, order, kinds, problems)
@@ -72,6 +81,18 @@ def _check_both_ends(draft: Draft, problems: Problems) -> None:
         problems.add(("operators",), f"no source; add one of: {_known(lambda s: s.is_source)}", at_key=True)
     if draft.specs and not any(spec.is_sink for spec in draft.specs.values()):
         problems.add(("operators",), f"no sink; add one of: {_known(lambda s: s.is_sink)}", at_key=True)
+
+
+def _check_listeners(draft: Draft, problems: Problems) -> None:
+    """No address has two listeners."""
+    first: dict[tuple[str, int], str] = {}
+    for name, config in draft.configs.items():
+        if not draft.specs[name].is_source or not isinstance(config, ListensOn) or config.port == 0:
+            continue
+        before = first.setdefault((config.host, config.port), name)
+        if before != name:
+            text = f"{name!r} listens on {config.host}:{config.port}, where {before!r} listens too; "
+            problems.add(("operators", name, "port"), text + "give each its own port")
 
 
 def _check_connected(draft: Draft, problems: Problems) -> None:

@@ -161,7 +161,7 @@ def test_nobody_there(send, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        (b"", "the connection ended with 30 requests in flight"),
+        (b"", "the connection ended with 30 requests in flight and 0 ended\n"),
         (b"HTTP/1.1 400\r\n", "does not speak this protocol"),
         (b"[]\n", "does not speak this protocol"),
         (b'{"event": "error", "request_id": null, "error": "go away"}\n', "go away"),

@@ -18,6 +18,11 @@ class PathConfig(OperatorConfig):
     path: str
 
 
+class AddressConfig(OperatorConfig):
+    port: int
+    host: str = "127.0.0.1"
+
+
 class EventsConfig(OperatorConfig):
     max_events: int = 9
 
@@ -56,6 +61,7 @@ def fake_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     declare("detokenize", (port("in", SEQUENCE, DELTA),), (port("out", COMPLETION),), requires=frozenset({"decoded"}))
     declare("serve", (), (out,), answered_by="write_back")
+    declare("listen", (), (out,), config_model=AddressConfig)
     declare("write_back", (port("in", COMPLETION, DEAD),), ())
     declare("write", (port("in", COMPLETION, DEAD),), (), config_model=PathConfig, writes="path")
     declare("filter", (port("in"),), (port("out", same_as="in"), port("rejected", same_as="in", optional=True)))

@@ -83,6 +83,7 @@ CASES = {
     "gates without figures": (("vars:", "engine: {benchmark: {enable_gates: true, max_ttft_ms: 9}}\nvars:"), r"p.yaml:2:36: enable_gates needs the figures of a 'metrics' stage; add `metrics:`"),
     "two writers": (("path: dead.jsonl", "path: ./x/../answers.jsonl"), r"p.yaml:17:11: 'dead' writes './x/../answers.jsonl', which 'write' writes too"),
     "input is an output": (("path: dead.jsonl", "path: ./questions.jsonl"), r"p.yaml:17:11: 'dead' writes 'questions.jsonl', which 'read' reads; name another file"),
+    "two listeners": (("edges:", "  a: {type: listen, port: 9}\n  b: {type: listen, port: 9}\nedges:\n  - a -> tokenize\n  - b -> tokenize"), r"p.yaml:19:27: 'b' listens on 127.0.0.1:9, where 'a' listens too; give each its own port"),
     "kinds that fit in part": (("edges:\n  - read -> tokenize -> prefill -> decode ->", "  more: {type: prefill}\nedges:\n  - read -> tokenize -> prefill -> decode -> more ->"), r"p.yaml:20:46: decode.out gives sequence or delta, but more.in takes sequence; let more.in take delta too"),
     "duplicate key": (("  prefill: {}", "  prefill: {}\n  prefill: {}"), r"p.yaml:10:3: key 'prefill' is given twice, first at line 9"),
     "key that is no name": (("  prefill: {}", "  yes: {}"), r"p.yaml:9:3: found True as a key"),
@@ -112,7 +113,7 @@ def test_behind_an_unknown_operator_nothing_is_guessed(problems: Any) -> None:
 
 
 @pytest.mark.parametrize("case", ["unknown operator", "misspelt operator", "unknown field", "mistyped field", "unresolved", "unknown output port",
-                                  "dangling edge", "cycle", "kind mismatch", "missing stage", "two writers"])  # fmt: skip
+                                  "dangling edge", "cycle", "kind mismatch", "missing stage", "two writers", "two listeners"])  # fmt: skip
 def test_one_mistake_is_one_problem(case: str, problems: Any) -> None:
     follow = {"kind mismatch": 2, "missing stage": 2}  # the operator that was left out has no edges
     assert len(problems(CASES[case][0])) == follow.get(case, 1)
@@ -154,7 +155,7 @@ def test_a_wrong_override_names_itself(override: str, problems: Any) -> None:
 
 def test_no_source_and_no_sink(problems: Any) -> None:
     found = problems(text="operators: {filter: {}, tee: {}}\nedges: [filter -> tee.left]\n")
-    assert any("no source; add one of: read" in line for line in found)
+    assert any("no source; add one of: listen, read" in line for line in found)
     assert any("no sink; add one of: write" in line for line in found)
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from ....config import Config
+from ....config.wording import did_you_mean
 from ....errors import ConfigError
 
 if TYPE_CHECKING:
@@ -172,8 +173,12 @@ def _read_entry(item: Any, where: str) -> KeyEntry:
     try:
         entry = KeyEntry.model_validate(item)
     except ValidationError as error:
-        detail = error.errors(include_url=False, include_input=False)[0]
+        details = error.errors(include_url=False, include_input=False)
+        detail = next((each for each in details if each["type"] == "extra_forbidden"), details[0])
         field = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            hint = did_you_mean(field, KeyEntry.model_fields)
+            raise ConfigError(f"{where}: there is no field {field!r}{hint}") from None
         raise ConfigError(f"{where}: field {field!r}: {detail['msg']}") from None
     given = [name for name in _SECRETS if getattr(entry, name) is not None]
     if len(given) != 1:

@@ -82,7 +82,7 @@ def _listen(family: int, address: tuple[str | int, ...]) -> socket.socket:
 def _explain(name: str, error: OSError, address: str) -> str:
     if error.errno == errno.EADDRINUSE:
         return (
-            f"{name}: {address} is in use by another program: stop that one, or write another port "
+            f"{name}: {address} is in use: stop the program that listens there, or write another port "
             "(port: 0 takes a free one)"
         )
     if error.errno == errno.EACCES:

@@ -88,6 +88,11 @@ async def detokenize(call: Call) -> None:
     body = parse_json(DetokenizeBody, await call.read_json())
     call.service.check_model(body.get("model"))
     call.service.check_ready()
+    vocab_size = call.service.engine.model.vocab_size
+    for token in body["tokens"]:
+        if token >= vocab_size:
+            text = f"token id {token} is not in the vocabulary: send ids from 0 to {vocab_size - 1}"
+            raise RequestError(text, "tokens")
     text = await anyio.to_thread.run_sync(call.service.tokenizer.decode, body["tokens"])
     found: Detokenization = {"prompt": text}
     await call.answer(200, to_json(found))

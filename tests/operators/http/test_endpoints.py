@@ -40,6 +40,7 @@ def error_of(answer):
         ("POST", "/v1/completions", PROMPT, {"content_encoding": "gzip"}, (415, "unsupported_media_type")),
         ("POST", "/v1/completions", PROMPT, {"x_request_id": "x" * 129}, (400, "invalid_header")),
         ("POST", "/detokenize", {"tokens": [-1]}, {}, (400, "invalid_request")),
+        ("POST", "/detokenize", {"tokens": [1_000_000]}, {}, (400, "invalid_request")),
         ("POST", "/tokenize", {}, {}, (400, "invalid_request")),
     ],
 )

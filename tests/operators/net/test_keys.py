@@ -94,6 +94,7 @@ def test_a_bucket_holds_a_minute_at_most(clock):
         (f"- {SECRET}", "key 1: write a mapping"),
         (f"- {{key: {SECRET}", r"keys\.yaml:\d+:\d+: is not YAML"),
         (f"- {{key: {SECRET}}}", "key 1: field 'name': Field required"),
+        (f"- {{nam: a, key: {SECRET}}}", "key 1: there is no field 'nam'; did you mean 'name'"),
         (f"- {{key: [{SECRET}], name: a}}", "key 1: field 'key': Input should be a valid string"),
         (f"- {{key_sha256: {SECRET}, name: a}}", "key 1: field 'key_sha256': String should match"),
         (f"- {{key: {SECRET}, key_env: A, name: a}}", r"key 1 \(a\): found key and key_env of .* exactly one"),

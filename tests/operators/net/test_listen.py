@@ -42,7 +42,7 @@ def test_who_connects_waits_until_somebody_accepts(bind):
 
 def test_a_second_server_on_the_same_port_is_one_clear_error(bind):
     port = bind()[0].getsockname()[1]
-    with pytest.raises(ConfigError, match=rf"tcp: tcp://127\.0\.0\.1:{port} is in use .* write another port"):
+    with pytest.raises(ConfigError, match=rf"tcp: tcp://127\.0\.0\.1:{port} is in use: .* write another port"):
         bind(port)
 
 
