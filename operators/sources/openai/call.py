@@ -99,18 +99,21 @@ class Call:
         """Send a whole JSON answer."""
         length = b"%d" % len(body)
         all_headers = [(b"content-type", _JSON), (b"content-length", length), *self._common(), *headers]
-        await self._write({"type": "http.response.start", "status": status, "headers": all_headers})
+        await self._begin(status, all_headers)
         await self._write({"type": "http.response.body", "body": body})
 
     async def begin_stream(self) -> None:
-        """Send the status and headers of a stream of events."""
+        """Send the status and headers of a stream of events, together with the first of them."""
         self.started = True
-        headers = [*STREAM_HEADERS, *self._common()]
-        await self._write({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._begin(200, [*STREAM_HEADERS, *self._common()])
 
     async def stream(self, data: bytes, more: bool = True) -> None:
         """Send events. Who does not read them within `write_timeout_s` is cut off."""
         await self._write({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.connection.keep_next_write()
+        await self._write({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, message: dict[str, Any]) -> None:
         if not self.connection.is_stalled:

@@ -40,10 +40,32 @@ class ServerConfig(uvicorn.Config):
     on_lost: Callable[[], None]
 
 
+class _Transport:
+    """asyncio's transport, which can keep what is written for the next write: each of its own costs a system call."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._write = transport.write
+        self._kept = b""
+        self.keeps = False  # the next write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._kept:
+            data, self._kept = self._kept + data, b""
+        if self.keeps:
+            self._kept, self.keeps = data, False
+        else:
+            self._write(data)
+
+
 class Connection(HttpToolsProtocol):
     """One client. A request finds it under `scope["state"]["connection"]`."""
 
     config: ServerConfig
+    transport: Any  # a _Transport
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -59,6 +81,10 @@ class Connection(HttpToolsProtocol):
     def is_stalled(self) -> bool:
         """Whether its client reads more slowly than is written."""
         return self.flow.write_paused
+
+    def keep_next_write(self) -> None:
+        """What is written next goes out with what is written after it: a head with its body."""
+        self.transport.keeps = True
 
     def write_chunk(self, data: bytes) -> None:
         """Send a part of a streamed answer that has begun, never waiting: look at `is_stalled` before.
@@ -82,7 +108,8 @@ class Connection(HttpToolsProtocol):
     # -- asyncio's protocol ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        keeping: Any = _Transport(transport)
+        super().connection_made(keeping)
         if len(self.connections) > self.config.limits.max_connections:
             self._refuse(HTTPError(503, "too many connections: try again later", "too_many_connections"))
             return

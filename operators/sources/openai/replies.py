@@ -97,7 +97,8 @@ class Replies:
         """One of the requests has ended."""
         self._open -= 1
         self.failure = self.failure or failure
-        self.ring()
+        self._quiet = False
+        self._wake()
 
     async def news(self) -> None:
         """Wait until there is something new, if only that it is time to show a sign of life.
@@ -131,8 +132,8 @@ class Replies:
         return [reply.completion for reply in self.replies if reply.completion is not None]
 
     def push_to(self, push: Callable[[], bool]) -> None:
-        """From now on call this, once in a turn of the event loop that has brought news. Where it returns False, `news`
-        has them."""
+        """From now on call this when there are new deltas, however many, as often as the server can afford. Where it
+        returns False, `news` has them; ends it has at once."""
         self._push = push
 
     def ring(self) -> None:
