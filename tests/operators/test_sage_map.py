@@ -243,13 +243,13 @@ PIPELINE = """
 engine: {model: {model_id: "builtin:null"}}
 operators:
   read: {type: jsonl_source, path: in.jsonl}
-  shout: {type: sage_map, function: "my_functions:Shout", kwargs: {marks: 2}}
+  shout: {type: sage_map, function: "sage_functions:Shout", kwargs: {marks: 2}}
   tokenize: {}
   schedule: {}
   prefill: {}
   decode: {}
   detokenize: {}
-  cut: {type: sage_map, function: "my_functions:Cut"}
+  cut: {type: sage_map, function: "sage_functions:Cut"}
   write: {type: jsonl_sink, path: out.jsonl}
   dead: {type: jsonl_sink, path: dead.jsonl}
 edges:
@@ -276,14 +276,14 @@ def test_in_a_pipeline_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "p.yaml").write_text(PIPELINE)
-    (tmp_path / "my_functions.py").write_text(FUNCTIONS)
+    (tmp_path / "sage_functions.py").write_text(FUNCTIONS)
     (tmp_path / "in.jsonl").write_text('{"prompt": "a", "max_tokens": 4}\n')
     refused = CliRunner().invoke(cli, ["validate", "p.yaml"])
     assert refused.exit_code == 78
-    assert "p.yaml:5:37: operator 'shout' (sage_map), field 'function': found 'my_functions:Shout'" in refused.output
-    assert "module 'my_functions' is not imported: add --allow-module my_functions" in refused.output
-    done = CliRunner().invoke(cli, ["run", "p.yaml", "-q", "--allow-module", "my_functions"])
-    monkeypatch.delitem(sys.modules, "my_functions")
+    assert "p.yaml:5:37: operator 'shout' (sage_map), field 'function': found 'sage_functions:Shout'" in refused.output
+    assert "module 'sage_functions' is not imported: add --allow-module sage_functions" in refused.output
+    done = CliRunner().invoke(cli, ["run", "p.yaml", "-q", "--allow-module", "sage_functions"])
+    monkeypatch.delitem(sys.modules, "sage_functions")
     assert done.exit_code == 0, done.output
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     assert json.loads(line)["text"] == "dea!!"
