@@ -222,7 +222,7 @@ class RowBlocks:
             if unread_steps:
                 raise MustReadFirst
             self._preempt_or_swap(last)
-        claim.has_room = self.kv.available() >= claim.blocks
+        claim.has_room = not self._is_short_of(claim)  # else a row preempted for its next token would be overtaken
 
     def _is_short_of(self, claim: Claim) -> bool:
         return self.kv.available() < claim.blocks + int(np.count_nonzero(self._is_short(self._table.decoding())))
