@@ -8,7 +8,7 @@ run: $(VENV)/.installed  ## install, then run the quickstart pipeline on the bui
 	$(BIN)/sagellm run pipelines/quickstart.yaml
 
 test: $(VENV)/.tested lint types  ## everything CI checks; the soak takes two minutes, mostly waiting, beside the rest
-	$(BIN)/pytest tests/soak & soak=$$!; $(BIN)/pytest --ignore tests/soak || { kill $$soak; exit 1; }; wait $$soak
+	$(BIN)/pytest tests/soak & soak=$$!; $(BIN)/pytest -n 3 --dist loadfile --ignore tests/soak || { kill $$soak; exit 1; }; wait $$soak
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
