@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ...runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
 from ...runtime.flow.resume import LineSet, SentLines
 from .lines import LineSplitter
-from .read_lines import read_requests
+from .read_lines import send_lines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -151,14 +151,11 @@ edges:
         sent = resume.sent.get(self.context.name)
         last = sent.last_line if sent is not None and sent.fingerprint == file.fingerprint else 0
         pending = [line for line in lines if line.number > last and line.number not in file.finished]
-        for start in range(0, len(pending), self.config.batch_size):
-            batch = pending[start : start + self.config.batch_size]
-            requests, letters = read_requests(batch, path, file.fingerprint, self.config.max_line_bytes)
-            resume.sent[self.context.name] = SentLines(file.fingerprint, batch[-1].number)
-            if requests:
-                await out.send(requests)
-            if letters:
-                await out.reject(letters)
+
+        def note(last_line: int) -> None:
+            resume.sent[self.context.name] = SentLines(file.fingerprint, last_line)
+
+        await send_lines(out, pending, path, file.fingerprint, self.config, note)
 
 
 class _Followed:

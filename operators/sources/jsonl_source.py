@@ -15,7 +15,7 @@ from ...runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port,
 from ...runtime.flow.resume import LineSet, SentLines, is_same_file
 from .fingerprint import fingerprint_file, fingerprinted_size
 from .lines import LineSplitter
-from .read_lines import read_requests
+from .read_lines import send_lines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -125,15 +125,11 @@ edges:
         already = sent.get(self.context.name)
         if already is not None:
             pending = [line for line in pending if line.number > already.last_line]
-        size = self.config.batch_size
-        for start in range(0, len(pending), size):
-            batch = pending[start : start + size]
-            requests, letters = read_requests(batch, self.config.path, self._fingerprint, self.config.max_line_bytes)
-            sent[self.context.name] = SentLines(self._fingerprint, batch[-1].number)
-            if requests:  # first: the share of failed records is watched, and a batch is judged as a whole
-                await out.send(requests)
-            if letters:
-                await out.reject(letters)
+
+        def note(last_line: int) -> None:
+            sent[self.context.name] = SentLines(self._fingerprint, last_line)
+
+        await send_lines(out, pending, self.config.path, self._fingerprint, self.config, note)
 
     def _find_finished(self) -> LineSet:
         """The finished lines of this file, under every name that it had in earlier runs."""

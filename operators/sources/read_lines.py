@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ...errors import RequestError
 from ...records import DeadLetter, Request, SourcePosition
 from .request_format import parse_request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
+    from ...runtime.flow.operator import Outlet
     from .lines import Line
+
+
+
+class LineLimits(Protocol):
+    """What the configurations of sources of lines have in common."""
+
+    @property
+    def max_line_bytes(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -39,3 +51,22 @@ def read_requests(
             request.raw = line.raw()
             requests.append(request)
     return requests, letters
+
+
+async def send_lines(
+    out: Outlet,
+    lines: Sequence[Line],
+    file: str,
+    fingerprint: str,
+    limits: LineLimits,
+    on_batch: Callable[[int], None] = lambda last_line: None,
+) -> None:
+    """Parse lines and send them on, `batch_size` at once; `on_batch` is told a batch's last line before it is sent."""
+    for start in range(0, len(lines), limits.batch_size):
+        batch = lines[start : start + limits.batch_size]
+        requests, letters = read_requests(batch, file, fingerprint, limits.max_line_bytes)
+        on_batch(batch[-1].number)
+        if requests:  # first: the share of failed records is watched, and a batch is judged as a whole
+            await out.send(requests)
+        if letters:
+            await out.reject(letters)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ...runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator
 from .lines import LineSplitter
-from .read_lines import read_requests
+from .read_lines import send_lines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -64,10 +64,4 @@ edges:
         return os.read(self.fd, _CHUNK_BYTES)
 
     async def _send(self, lines: list[Any], out: Outlet) -> None:
-        for start in range(0, len(lines), self.config.batch_size):
-            batch = lines[start : start + self.config.batch_size]
-            requests, letters = read_requests(batch, "<stdin>", "", self.config.max_line_bytes)
-            if requests:  # first: the share of failed records is watched, and a batch is judged as a whole
-                await out.send(requests)
-            if letters:
-                await out.reject(letters)
+        await send_lines(out, lines, "<stdin>", "", self.config)

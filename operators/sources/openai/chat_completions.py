@@ -14,7 +14,7 @@ from ..request_format import ChatBody, parse_json, request_from_body
 from .endpoint import Endpoint
 from .logprobs import LogprobReader, chat_logprobs, prompt_logprobs, visible_logprobs
 from .replies import Replies
-from .streaming import DONE, ChunkWriter, stream_replies
+from .streaming import ChunkWriter, stream_replies
 from .usage import Usage, usage_of
 
 if TYPE_CHECKING:
@@ -136,22 +136,12 @@ def _finish_reason(choice: Choice) -> str | None:
 
 
 class ChatChunks(ChunkWriter):
-    """Writes `chat.completion.chunk` events. The parts of a chunk that do not change are made once for a call."""
+    """Writes `chat.completion.chunk` events."""
 
     def __init__(self, call: Call, request: Request, include_usage: bool) -> None:
-        head = {
-            "id": call.request_id,
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": call.service.model_name,
-        }
-        self._head = b"data: " + to_json(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        self._tokenizer = call.service.tokenizer if request.sampling.logprobs is not None else None
-        self._include_usage = include_usage
+        super().__init__(call, "chat.completion.chunk", request, include_usage)
         self._begins: dict[int, bytes] = {}  # of chunks of text, for each choice that has begun
         self._end = b'},"logprobs":null,"finish_reason":null}' + self._tail
-        self._readers: dict[int, LogprobReader] = {}
         self._calls: dict[int, int] = {}  # how many each choice has made
 
     def take(self, index: int, reply: Reply) -> bytes:
@@ -181,12 +171,6 @@ class ChatChunks(ChunkWriter):
                 parts += self._role(choice.index)
                 parts.append(self._chunk(choice.index, b"{}", logprobs, to_json(_finish_reason(choice))))
         return b"".join(parts)
-
-    def finish(self, replies: list[Reply]) -> bytes:
-        if not self._include_usage:
-            return DONE
-        usage = usage_of([reply.completion for reply in replies if reply.completion is not None])
-        return b'%b],"usage":%b}\n\n%b' % (self._head, to_json(usage), DONE)
 
     def _role(self, choice: int) -> list[bytes]:
         if choice in self._begins:

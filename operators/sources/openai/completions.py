@@ -13,7 +13,7 @@ from ..request_format import CompletionBody, parse_json, request_from_body
 from .endpoint import Endpoint
 from .logprobs import LogprobReader, completion_logprobs, prompt_logprobs, visible_logprobs
 from .replies import Replies
-from .streaming import DONE, ChunkWriter, stream_replies
+from .streaming import ChunkWriter, stream_replies
 from .usage import Usage, usage_of
 
 if TYPE_CHECKING:
@@ -107,21 +107,11 @@ def _to_object(call: Call, completions: list[Completion]) -> TextCompletion:
 
 
 class CompletionChunks(ChunkWriter):
-    """Writes `text_completion` events. The parts of a chunk that do not change are made once for a call."""
+    """Writes `text_completion` events."""
 
     def __init__(self, call: Call, request: Request, include_usage: bool) -> None:
-        head = {
-            "id": call.request_id,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": call.service.model_name,
-        }
-        self._head = b"data: " + to_json(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        self._tokenizer = call.service.tokenizer if request.sampling.logprobs is not None else None
-        self._include_usage = include_usage
+        super().__init__(call, "text_completion", request, include_usage)
         self._n = request.sampling.n
-        self._readers: dict[int, LogprobReader] = {}
         self._lengths: dict[int, int] = {}  # characters of text so far
 
     def take(self, index: int, reply: Reply) -> bytes:
@@ -135,12 +125,6 @@ class CompletionChunks(ChunkWriter):
                 logprobs = b"null" if reader is None else self._logprobs(at, reader.read_rest(choice))
                 parts.append(self._chunk(at, b'""', logprobs, to_json(choice.finish_reason)))
         return b"".join(parts)
-
-    def finish(self, replies: list[Reply]) -> bytes:
-        if not self._include_usage:
-            return DONE
-        usage = usage_of([reply.completion for reply in replies if reply.completion is not None])
-        return b'%b],"usage":%b}\n\n%b' % (self._head, to_json(usage), DONE)
 
     def _of_delta(self, at: int, delta: TokenDelta) -> bytes:
         logprobs = b"null"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
+from pydantic_core import to_json
+
+from .usage import usage_of
+
 if TYPE_CHECKING:
+    from ....records import Request
     from .call import Call
     from .errors import HTTPError
+    from .logprobs import LogprobReader
     from .replies import Replies, Reply
 
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -31,7 +38,26 @@ class EventWriter(Protocol):
 
 class ChunkWriter:
     """Writes the chunks of completions, a stream of which ends with `[DONE]`, after an event `{"error": ...}` if it
-    failed."""
+    failed. The parts of a chunk that do not change are made once for a call."""
+
+    def __init__(self, call: Call, kind: str, request: Request, include_usage: bool) -> None:
+        head = {
+            "id": call.request_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": call.service.model_name,
+        }
+        self._head = b"data: " + to_json(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._tokenizer = call.service.tokenizer if request.sampling.logprobs is not None else None
+        self._readers: dict[int, LogprobReader] = {}  # of the choices that have begun
+        self._include_usage = include_usage
+
+    def finish(self, replies: list[Reply]) -> bytes:
+        if not self._include_usage:
+            return DONE
+        usage = usage_of([reply.completion for reply in replies if reply.completion is not None])
+        return b'%b],"usage":%b}\n\n%b' % (self._head, to_json(usage), DONE)
 
     def fail(self, failure: HTTPError) -> bytes:
         return b"data: " + failure.body + b"\n\n" + DONE
