@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anyio
 import anyio.from_thread
+import openai
 import pytest
 
 import sageLLM.operators
@@ -205,3 +206,16 @@ def tool_server(serve_tools):
     """A server of that model, for what needs no settings of its own."""
     with serve_tools() as server:
         yield server
+
+
+@pytest.fixture
+def client(tiny_server):
+    """OpenAI's own, of the built-in model."""
+    with openai.OpenAI(base_url=tiny_server.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def model(tiny_server):
+    """What calls name the built-in model by."""
+    return tiny_server.source.service.model_name

@@ -21,17 +21,6 @@ def client_of(server, **options):
         yield client
 
 
-@pytest.fixture
-def client(tiny_server):
-    with client_of(tiny_server) as client:
-        yield client
-
-
-@pytest.fixture
-def model(tiny_server):
-    return tiny_server.source.service.model_name
-
-
 ON = {"ignore_eos": True}  # as extra_body: what would go on for ever
 
 

@@ -11,17 +11,6 @@ from sageLLM import ModelConfig, SageLLMConfig, SageLLMEngine
 TEXTS = ["What does heapq.heappush do?", "Join strings.", "What does heapq.heappush do?"]
 
 
-@pytest.fixture
-def client(tiny_server):
-    with openai.OpenAI(base_url=tiny_server.url, api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-def model(tiny_server):
-    return tiny_server.source.service.model_name
-
-
 @pytest.fixture(scope="module")
 def expected():
     with SageLLMEngine(SageLLMConfig(model=ModelConfig(model_id="builtin:pydoc-tiny"))) as engine:

@@ -31,20 +31,9 @@ class Place(BaseModel):
 
 
 @pytest.fixture
-def client(tiny_server):
-    with openai.OpenAI(base_url=tiny_server.url, api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
 def tool_client(tool_server):
     with openai.OpenAI(base_url=tool_server.url, api_key="none", max_retries=0) as client:
         yield client
-
-
-@pytest.fixture
-def model(tiny_server):
-    return tiny_server.source.service.model_name
 
 
 def prompt_tokens(client, model, messages):
