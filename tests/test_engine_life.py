@@ -85,7 +85,7 @@ def test_an_interrupt_while_the_model_loads_leaves_nothing_running(slow_engine, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr("sageLLM.engine.Future", InterruptedFuture)
-    raised = []
+    raised, threads_before = [], threading.enumerate()
 
     def start():
         try:
@@ -95,7 +95,8 @@ def test_an_interrupt_while_the_model_loads_leaves_nothing_running(slow_engine, 
 
     assert ended(in_background(start))
     assert raised
-    assert not [thread for thread in threading.enumerate() if thread.name == "sagellm-engine"]
+    new = [thread for thread in threading.enumerate() if thread not in threads_before]
+    assert not [thread for thread in new if thread.name == "sagellm-engine"]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 import sageLLM.operators  # noqa: F401 - registers the stages
 from sageLLM.graph import build_pipeline
 from sageLLM.runtime.assembly import assemble
+from sageLLM.runtime.garbage import collect_rarely
 from sageLLM.runtime.services import EngineServices
 
 CLIENTS = 200
@@ -77,6 +78,7 @@ class Soak:
     async def run(self) -> None:
         async with self.flow.claimed():
             self.services.load()
+            collect_rarely()  # as our programs do
             async with self.services.running(), anyio.create_task_group() as tasks:
                 tasks.start_soon(self.flow.run)
                 await anyio.sleep(1)
