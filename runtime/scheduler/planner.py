@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .lease import Claim
-    from .prompt_turns import PromptTurns
+    from .prompt_turns import DecodeTurns, PromptTurns
     from .row_blocks import RowBlocks
     from .slo import ChunkBudget
     from .time_share import StepShares, TimeShare
@@ -29,6 +29,7 @@ class Planner:
 
     `max_prefill_batch` and `max_decode_batch`, in rows, may be set at any time; the next plan heeds them. Prompts are
     computed in the order of `blocks.in_turn`, with `prompt_turns` in that one for each tenant.
+    Where more rows decode than a step has room for, `decode_turns` says whose are next.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Planner:
         chunk_budget: ChunkBudget | None = None,
         prompt_turns: PromptTurns | None = None,
         step_shares: StepShares | None = None,
+        decode_turns: DecodeTurns | None = None,
     ) -> None:
         self._table = table
         self._blocks = blocks
@@ -52,6 +54,7 @@ class Planner:
         self._chunk_budget = chunk_budget
         self._prompt_turns = prompt_turns
         self._step_shares = step_shares
+        self._decode_turns = decode_turns
 
     def plan(self, unread_steps: int, claim: Claim | None = None) -> StepPlan | None:
         """Plan one step, or None when nothing can be computed now.
@@ -112,14 +115,24 @@ class Planner:
         table = self._table
         limit = min(self.max_decode_batch, self._max_step_tokens)
         while True:
-            slots = table.decoding()
-            if len(slots) > limit:
-                # The rows with the fewest outputs first: nobody falls behind for long.
-                slots = slots[np.argsort(table.launched[slots], kind="stable")[:limit]]
-                slots.sort()
+            decoding = table.decoding()
+            slots = decoding if len(decoding) <= limit else self._next_to_decode(decoding, limit)
             extended = self._blocks.extend(slots, unread_steps)
             if extended is not None:
-                return extended
+                break
+        if self._decode_turns is not None and len(decoding) > limit:
+            left_out = np.setdiff1d(decoding, slots, assume_unique=True)
+            self._decode_turns.serve(self._count_rows(extended), self._count_rows(left_out))
+        return extended
+
+    def _next_to_decode(self, slots: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+        """The rows with the fewest outputs first, with `decode_turns` among those of each tenant: nobody falls behind
+        for long."""
+        slots = slots[np.argsort(self._table.launched[slots], kind="stable")]
+        if self._decode_turns is not None:
+            tenants = [self._tenant(slot) for slot in slots.tolist()]
+            slots = slots[self._decode_turns.order(tenants, [1.0] * len(tenants), limit)]
+        return np.sort(slots[:limit])
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 

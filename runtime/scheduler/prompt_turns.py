@@ -1,4 +1,4 @@
-"""Whose prompts a step computes first, where tenants share its room for prompts. No torch."""
+"""Whose prompts, and whose decoding rows, a step computes first where tenants share its room for them. No torch."""
 
 from __future__ import annotations
 
@@ -64,3 +64,16 @@ class PromptTurns(TenantAccounts):
             if not queues[tenant]:
                 del queues[tenant]
         return places
+
+
+class DecodeTurns(PromptTurns):
+    """The same for rows that decode, in steps that have no room for all of them."""
+
+    def serve(self, rows: Mapping[str, int], left_out: Collection[str]) -> None:
+        """A step has so many rows of each tenant; these tenants have further ones.
+
+        The others had all that they could use, and are where the level is: that they have few rows is no credit.
+        """
+        for tenant, count in rows.items():
+            self.take(tenant, count)
+        self._meet(left_out)

@@ -18,7 +18,7 @@ from ...config import SchedulerPolicy
 from ...errors import EngineClosedError, ExecutorLostError
 from ...records import FinishReason
 from ..scheduler.planner import Planner
-from ..scheduler.prompt_turns import PromptTurns
+from ..scheduler.prompt_turns import DecodeTurns, PromptTurns
 from ..scheduler.resident import ResidentTable, RowState
 from ..scheduler.row_blocks import MustReadFirst, RowBlocks
 from ..scheduler.slo import make_chunk_budget
@@ -93,6 +93,7 @@ class Worker:
             chunk_budget=self._chunk_budget,
             prompt_turns=PromptTurns(weights) if is_fair else None,
             step_shares=StepShares(weights) if may_end_turns else None,
+            decode_turns=DecodeTurns(weights) if is_fair and scheduler.time_shares else None,
         )
         self._residents = Residents(
             self._table, self.blocks, executor, kv, leases, Timeouts.of(scheduler), make_stop_matcher, clock

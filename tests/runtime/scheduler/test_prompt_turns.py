@@ -1,12 +1,14 @@
-"""Prompt turns: tenants share the steps' room for prompts by weight, whatever the lengths of their prompts."""
+"""Turns: tenants share the steps' room for prompts by weight, whatever their lengths, and that for decoding rows."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sageLLM.runtime.scheduler.prompt_turns import PromptTurns
+from sageLLM.runtime.scheduler.prompt_turns import DecodeTurns, PromptTurns
 
 
 def steps_had(turns, prompts, steps):
@@ -45,3 +47,27 @@ def test_who_is_gone_is_forgotten():
     for n in range(1000):
         steps_had(turns, {f"visitor {n}": [0.5], "steady": [0.5]}, 3)
     assert len(turns._had) < 10
+
+
+def rows_had(turns, rows, limit, steps):
+    """Tokens that each tenant gets in all when so many of its rows decode, and a step has room for `limit`."""
+    had = Counter()
+    for _ in range(steps):
+        tenants = [*Counter(rows).elements()]
+        chosen = Counter(tenants[place] for place in turns.order(tenants, [1.0] * len(tenants), limit))
+        had += chosen
+        turns.serve(chosen, Counter(rows) - chosen)
+    return had
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+def test_rows_of_tenants_share_steps_by_weight_however_many_they_are(weight):
+    had = rows_had(DecodeTurns({"gold": weight}), {"plain": 20, "gold": 4}, 4, 300)
+    assert abs(had["gold"] - 1200 * weight / (1 + weight)) <= 4
+
+
+def test_few_rows_get_all_they_can_use_and_earn_no_credit_by_it():
+    turns = DecodeTurns({})
+    assert rows_had(turns, {"many": 20, "one": 1}, 4, 100) == {"many": 300, "one": 100}
+    had = rows_had(turns, {"many": 20, "one": 20}, 4, 10)
+    assert abs(had["many"] - had["one"]) <= 4

@@ -90,6 +90,24 @@ def test_prompts_of_a_tenant_below_its_share_end_turns_of_decoding(recorded):  #
     assert "pddpddpdd" in flooded_turns(recorded, "fair_share", weight=0.5)
 
 
+@pytest.mark.parametrize("short", [12, 30])
+def test_short_rows_of_one_tenant_do_not_hold_up_a_long_one_of_another(bench, short):
+    """Steps decode two rows, and there are three: a third of two slots is rounded up. The short ones, which are newer,
+    have the fewest outputs at all times."""
+    b = bench(
+        mode="time_share", policy="fair_share", max_batch_size=2, blocks=200, commit=False,
+        tenant_weights={"quiet": 0.5},
+    )  # fmt: skip
+    b.offer(*(b.sequence([n] * 4, max_new_tokens=short, tenant="noisy") for n in range(100)))
+    long, steps = b.sequence([200] * 4, max_new_tokens=60, tenant="quiet"), 0
+    b.offer(long)
+    while not long.ended:
+        b.worker.submit_prefill(b.waiting.take_granted())
+        b.step()
+        steps += 1
+    assert abs(steps - 90) <= 4  # two thirds of a token each
+
+
 @pytest.mark.parametrize("weight", [0.5, 1.0, 100.0])
 @pytest.mark.parametrize("prefill_steps", [1, 2])
 def test_decoding_goes_on_between_turns_of_prompts_whoever_is_owed_them(recorded, weight, prefill_steps):  # noqa: F811
