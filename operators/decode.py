@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import ERROR_PORT, Port, RecordKind, operator
+from .delta_pace import DeltaPace
 from .worker_door import WorkerDoor, WorkerDoorConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class DecodeConfig(WorkerDoorConfig):
 class Decode(WorkerDoor[DecodeConfig]):
     """Hands prefilled sequences to the worker; each comes back when all its choices have ended.
 
-    For requests that stream, a TokenDelta for each step and choice comes before that.
+    For requests that stream, TokenDeltas with the new tokens of a choice come before that: one for each step, or one
+    for several where steps follow each other faster than their deltas are passed on.
 
     `events`, if an edge leaves it, tells what each worker's prefix cache stores, removes and moves, from before the
     first request until after the last; unwired it costs nothing. A slow reader never holds up the worker: what it does
@@ -68,6 +70,7 @@ edges:
     async def open(self) -> None:
         """Connect to the worker, and to its cache if somebody reads the events."""
         await super().open()
+        self._pace = DeltaPace(on_rested=lambda: self._back.put([]))
         self._rung: Mailbox[None] = Mailbox()
         self._logs = self._listen() if "events" in self.context.wired else []
 
@@ -87,11 +90,18 @@ edges:
         return logs
 
     async def run(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
-        async with anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as self._tasks:
             if self._logs:
-                tasks.start_soon(self._send_events, out)
+                self._tasks.start_soon(self._send_events, out)
             await super().run(inlet, out)
             self._rung.close()
+
+    async def _hand_on(self, records: list[Any], out: Outlet) -> None:
+        going = self._pace.take(records)
+        if self._pace.is_due:
+            going += self._pace.release()
+            self._tasks.start_soon(self._pace.rest)
+        await self._send(going, out)
 
     async def _send_events(self, out: Outlet) -> None:
         ended = False

@@ -52,7 +52,7 @@ class WorkerDoor(Operator[DoorConfigT]):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._feed, inlet, out)
             while self._inside or not self._ended:
-                await self._send(self._take_ours(await self._back.get()), out)
+                await self._hand_on(self._take_ours(await self._back.get()), out)
 
     async def _feed(self, inlet: AsyncIterator[list[Any]], out: Outlet) -> None:
         async for records in inlet:
@@ -75,6 +75,10 @@ class WorkerDoor(Operator[DoorConfigT]):
                 inside.discard(id(record))
                 ours.append(record)
         return ours
+
+    async def _hand_on(self, records: list[Any], out: Outlet) -> None:
+        """Send what came back."""
+        await self._send(records, out)
 
     async def _send(self, records: list[Any], out: Outlet) -> None:
         good, letters = [], []

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from ...records import Sequence
+    from ...records import Choice, Sequence
     from ..scheduler.plan import PromptChunk, StepPlan, StepResult
     from ..scheduler.resident import ResidentSequence, ResidentTable
     from .stop_strings import StopStringMatcher
@@ -80,9 +80,10 @@ class Collector:
         first = slots[count == 0]
         table.first_time[first] = now
         table.last_time[slots] = now
-        if table.watched[slots].any():
-            for at in np.flatnonzero(table.watched[slots]).tolist():
-                self._look_at(int(slots[at]), at if rows is None else int(rows[at]), result, decoded)
+        watched = np.flatnonzero(table.watched[slots])
+        if len(watched):
+            at = watched if rows is None else rows[watched]
+            self._look_at(slots[watched].tolist(), at.tolist(), tokens[watched].tolist(), result, decoded)
         if len(first):
             self._give_back_prefilled(first, now, prefilled)
         ended = self.find_ended(slots[table.is_in(RowState.DECODE, slots)])
@@ -103,23 +104,31 @@ class Collector:
         owner.posted = True
         prefilled.append(owner.sequence)
 
-    def _look_at(self, slot: int, at: int, result: StepResult, decoded: list[Sequence | TokenDelta]) -> None:
-        table = self._table
-        row = table.rows[slot]
-        assert row is not None
-        sequence, token = row.owner.sequence, int(result.tokens[at])
-        if sequence.request.stream and row.owner.decoding:
-            decoded.append(TokenDelta(sequence, row.choice.index, [token]))
-        self.push(slot, [token])
-        wanted = sequence.sampling.logprobs
-        if wanted is not None and result.logprobs is not None:
-            top: list[tuple[int, float]] = []
-            if wanted and result.top_ids is not None and result.top_logprobs is not None:
-                ids, values = result.top_ids[at, :wanted].tolist(), result.top_logprobs[at, :wanted].tolist()
-                top = list(zip(ids, values, strict=True))
-            if row.choice.logprobs is None:
-                row.choice.logprobs = []
-            row.choice.logprobs.append(TokenLogprobs(token, float(result.logprobs[at]), top))
+    def _look_at(
+        self, slots: list[int], rows: list[int], tokens: list[int], result: StepResult,
+        decoded: list[Sequence | TokenDelta],
+    ) -> None:  # fmt: skip
+        for slot, at, token in zip(slots, rows, tokens, strict=True):
+            row = self._table.rows[slot]
+            assert row is not None
+            sequence = row.owner.sequence
+            if row.owner.decoding and sequence.request.stream:
+                decoded.append(TokenDelta(sequence, row.choice.index, [token]))
+            if slot in self._matchers:
+                self.push(slot, [token])
+            if result.logprobs is not None and sequence.sampling.logprobs is not None:
+                self._store_logprobs(row.choice, sequence.sampling.logprobs, token, at, result)
+
+    @staticmethod
+    def _store_logprobs(choice: Choice, wanted: int, token: int, at: int, result: StepResult) -> None:
+        assert result.logprobs is not None
+        top: list[tuple[int, float]] = []
+        if wanted and result.top_ids is not None and result.top_logprobs is not None:
+            ids, values = result.top_ids[at, :wanted].tolist(), result.top_logprobs[at, :wanted].tolist()
+            top = list(zip(ids, values, strict=True))
+        if choice.logprobs is None:
+            choice.logprobs = []
+        choice.logprobs.append(TokenLogprobs(token, float(result.logprobs[at]), top))
 
     def _owner_of(self, chunk: PromptChunk) -> ResidentSequence | None:
         """None if the row has ended; another one may have its slot."""

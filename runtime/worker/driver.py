@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sageLLM")
 
+_TURNS_BETWEEN_STEPS = 8  # of the event loop: as many as a result needs from the worker to whoever waits for it
+
 
 class Driver(Protocol):
     """Runs a worker's step loop between `start` and `stop`."""
@@ -78,7 +80,8 @@ class TaskDriver:
             try:
                 while True:
                     if self._worker.step():
-                        await anyio.lowlevel.checkpoint()
+                        for _ in range(_TURNS_BETWEEN_STEPS):
+                            await anyio.lowlevel.checkpoint()
                         continue
                     with anyio.move_on_after(self._worker.idle_limit_s):
                         await self._submitted.get()

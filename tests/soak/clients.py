@@ -234,17 +234,17 @@ async def take_the_answer(world: World, port: int, payload: bytes) -> None:
 async def misbehave(world: World, number: int) -> None:
     while not world.over:
         way = RUDE[number % len(RUDE)] if world.phase == "rude" else take_the_answer
-        line = json.dumps(world.request(f"rude-{number}", max_new_tokens=40)).encode() + b"\n"
+        line = json.dumps(world.request(f"rude-{number}", max_new_tokens=24)).encode() + b"\n"
         port = world.random.choice([world.tcp, world.http])
         payload = line
         if port == world.http:
-            body = {"model": world.model, "prompt": "a", "max_tokens": 40, "stream": True}
+            body = {"model": world.model, "prompt": "a", "max_tokens": 24, "stream": True}
             payload = http_post(json.dumps(body).encode())
         with suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
             await way(world, port, payload)
         if way is not take_the_answer:
             world.stats.rude[way.__name__] += 1
-        await asyncio.sleep(world.random.uniform(0.5, 1.5))
+        await asyncio.sleep(world.random.uniform(2, 5))
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

@@ -75,19 +75,23 @@ class Call:
         limit = self.service.config.max_body_bytes
         if int(self.headers.get(b"content-length", b"0")) > limit:
             raise self._too_large(limit)
+        if self.connection.has_body:
+            return await self._read_body(limit)
+        with anyio.move_on_after(self.service.config.read_timeout_s):
+            return await self._read_body(limit)
+        seconds = self.service.config.read_timeout_s
+        raise HTTPError(408, f"the body did not come within {seconds:g} s", "read_timeout", headers=[_CLOSE])
+
+    async def _read_body(self, limit: int) -> bytes:
         parts: list[bytes] = []
         size, more = 0, True
-        with anyio.move_on_after(self.service.config.read_timeout_s) as scope:
-            while more:
-                message = await self._receive()
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > limit:
-                    raise self._too_large(limit)
-                more = message.get("more_body", False)
-        if scope.cancelled_caught:
-            seconds = self.service.config.read_timeout_s
-            raise HTTPError(408, f"the body did not come within {seconds:g} s", "read_timeout", headers=[_CLOSE])
+        while more:
+            message = await self._receive()
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise self._too_large(limit)
+            more = message.get("more_body", False)
         return b"".join(parts)
 
     def _too_large(self, limit: int) -> HTTPError:
@@ -109,6 +113,9 @@ class Call:
 
     async def stream(self, data: bytes, more: bool = True) -> None:
         """Send events. Who does not read them within `write_timeout_s` is cut off."""
+        if more and not self.connection.is_stalled:
+            self.connection.write_chunk(data)
+            return
         await self._write({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:

@@ -82,6 +82,11 @@ class Connection(HttpToolsProtocol):
         """Whether its client reads more slowly than is written."""
         return self.flow.write_paused
 
+    @property
+    def has_body(self) -> bool:
+        """Whether all of the request is here."""
+        return not self._in_body
+
     def keep_next_write(self) -> None:
         """What is written next goes out with what is written after it: a head with its body."""
         self.transport.keeps = True

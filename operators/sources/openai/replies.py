@@ -132,8 +132,8 @@ class Replies:
         return [reply.completion for reply in self.replies if reply.completion is not None]
 
     def push_to(self, push: Callable[[], bool]) -> None:
-        """From now on call this when there are new deltas, however many, as often as the server can afford. Where it
-        returns False, `news` has them; ends it has at once."""
+        """From now on call this when there are new deltas, however many. Where it returns False, `news` has them; it
+        has ends at once."""
         self._push = push
 
     def ring(self) -> None:

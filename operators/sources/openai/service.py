@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from .replies import Replies
     from .settings import HTTPConfig
 
-_REST_PER_PUSH = 3.0  # pushing takes a quarter of the event loop's time at most
-_LONGEST_REST_S = 0.02
-
 _STATUS = {"shed": 429, "rate_limit": 429, "closing": 503}
 
 
@@ -38,7 +35,6 @@ class Service:
         self.is_draining = False
         self.replies: set[Replies] = set()  # of the calls that wait
         self._to_push: list[Replies] = []
-        self._next_push = 0.0  # in the event loop's time
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -100,25 +96,15 @@ class Service:
             self.intake.cancel(requests)
 
     def push_soon(self, replies: Replies, loop: Any) -> None:
-        """Push this one's news when the events of this turn of the event loop have all been told, or as soon as the
-        last push is long enough ago.
-
-        What many fast streams get meanwhile goes out together: each write costs as much as several tokens.
-        """
+        """Push this one's news when all that the pipeline tells in this turn of the event loop has been told."""
         if not self._to_push:
-            if loop.time() < self._next_push:
-                loop.call_at(self._next_push, self._push, loop)
-            else:
-                loop.call_soon(self._push, loop)
+            loop.call_soon(self._push)
         self._to_push.append(replies)
 
-    def _push(self, loop: Any) -> None:
-        begun = loop.time()
+    def _push(self) -> None:
         to_push, self._to_push = self._to_push, []
         for replies in to_push:
             replies.push_or_wake()
-        ended = loop.time()
-        self._next_push = ended + min(_LONGEST_REST_S, _REST_PER_PUSH * (ended - begun))
 
     def keep_alive(self) -> None:
         """Let each call that has heard nothing for a while show a sign of life."""
