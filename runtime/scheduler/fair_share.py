@@ -50,8 +50,8 @@ class FairShare:
     whatever the other sends. Its slowest first token comes at most twice as late, and six steps, as beside a tenant
     that sends as much for its weight, if the pool holds four of the largest requests (in a smaller one what a tenant
     may have is a request or none, and who comes second waits for all of the first) and `max_step_tokens` is at least
-    twice `max_batch_size` (rows that decode come first; in mode TIME_SHARE see `StepShares`). Random loads say so, all
-    of modes HYBRID and STRICT and 1,237 of 1,240 of TIME_SHARE (docs/performance.md); it is no proof.
+    twice `max_batch_size` (rows that decode come first; in mode TIME_SHARE see `StepShares`). Random loads say so,
+    1,240 in each mode (docs/performance.md); it is no proof, and one of TIME_SHARE is known that is a step beyond.
 
     These are the virtual token counters, with length prediction, of Sheng et al., "Fairness in Serving Large Language
     Models", OSDI 2024. They bound what two tenants that both wait are served differently, by what one batch holds.

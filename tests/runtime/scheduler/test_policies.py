@@ -209,8 +209,8 @@ A_FEW_STEPS = 6
 def test_nor_in_any_load(bench, seed, mode):
     """As long as the pool holds four of the largest requests, and decoding rows leave half of a step to prompts.
 
-    The equal sends as much for its weight, and no less. The loads are always the same: in mode time_share 3 of
-    1,240 others were beyond, and a run of all tests is no place to find the next.
+    The equal sends as much for its weight, and no less. The loads are always the same: in mode time_share one other
+    is known to be a step beyond, and a run of all tests is no place to find the next.
     """
     chosen = random.Random(seed)
     span, longest = chosen.choice([20, 60, 150, 400, 1000]), chosen.choice([4, 8, 16, 30])
