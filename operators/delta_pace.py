@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _TURNS_TO_PASS = 8  # of the event loop, from here to whoever reads the stream
 _REST_PER_PASS = 3.0  # passing deltas on takes a quarter of the event loop's time at most
-_LONGEST_REST_S = 0.02
+_LONGEST_REST_S = 0.03
 
 
 class DeltaPace:
