@@ -43,8 +43,8 @@ class FairShare:
     `max_batch_size` each are shared, and there are twice as many. So a flood makes nobody wait until it is done with a
     slot; those who hold more wait until the sum is below the bound again. Where KV blocks are what it lacks, it claims
     them: rows of tenants that hold more (in tokens that their leases may come to, divided by the weight) are preempted,
-    the last granted first; so they are when a step runs out of blocks. Steps compute prompts by `PromptTurns`; in
-    mode TIME_SHARE, where more rows decode than a step has room for, these go by `DecodeTurns`.
+    the last granted first; so they are when a step runs out of blocks. Steps compute prompts by `PromptTurns`,
+    and where more rows decode than a step has room for, these go by `DecodeTurns`.
 
     So with half of the weight a tenant can have half of the slots, of the KV pool and of each step's room for prompts,
     whatever the other sends. Its slowest first token comes at most twice as late, and six steps, as beside a tenant

@@ -130,7 +130,7 @@ class Planner:
         for long."""
         slots = slots[np.argsort(self._table.launched[slots], kind="stable")]
         if self._decode_turns is not None:
-            tenants = [self._tenant(slot) for slot in slots.tolist()]
+            tenants = self._tenants(slots)
             slots = slots[self._decode_turns.order(tenants, [1.0] * len(tenants), limit)]
         return np.sort(slots[:limit])
 
@@ -179,7 +179,7 @@ class Planner:
         """Tenants of prompts, and which share of a step each takes."""
         left = (self._table.target[slots] - self._table.computed[slots]).tolist()
         shares = [min(max(tokens / self._max_step_tokens, 1 / self.max_prefill_batch), 1.0) for tokens in left]
-        return [self._tenant(slot) for slot in slots.tolist()], shares
+        return self._tenants(slots), shares
 
     def _charge(self, turns: PromptTurns, chunks: list[PromptChunk], lacks_tokens: bool) -> None:
         """Note who had which share of a step: of its tokens, or of its rows where there were tokens left."""
@@ -191,7 +191,10 @@ class Planner:
                 self._step_shares.take(self._tenant(chunk.slot), share)
 
     def _count_rows(self, slots: NDArray[np.int64]) -> Counter[str]:
-        return Counter(map(self._tenant, slots.tolist()))
+        return Counter(self._tenants(slots))
+
+    def _tenants(self, slots: NDArray[np.int64]) -> list[str]:
+        return [self._tenant(slot) for slot in slots.tolist()]
 
     def _tenant(self, slot: int) -> str:
         row = self._table.rows[slot]

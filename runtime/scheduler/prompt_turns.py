@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,20 +49,15 @@ class PromptTurns(TenantAccounts):
         Each has its tenant, and which share of a step it takes if it is computed as far as it can be. Those of one
         tenant stay in order.
         """
-        queues: dict[str, deque[int]] = {}
-        for place, tenant in enumerate(tenants):
-            queues.setdefault(tenant, deque()).append(place)
-        self._meet(queues)
-        had = {tenant: self._had[tenant] for tenant in queues}
-        places: list[int] = []
-        while queues and len(places) < limit:
-            tenant = min(queues, key=had.__getitem__)
-            place = queues[tenant].popleft()
-            places.append(place)
-            had[tenant] += shares[place] / self._weight(tenant)
-            if not queues[tenant]:
-                del queues[tenant]
-        return places
+        present = dict.fromkeys(tenants)
+        self._meet(present)
+        had = {tenant: self._had[tenant] for tenant in present}
+        weights = {tenant: self._weight(tenant) for tenant in present}
+        starts = []  # what its tenant has had when it is a prompt's turn
+        for tenant, share in zip(tenants, shares, strict=True):
+            starts.append(had[tenant])
+            had[tenant] += share / weights[tenant]
+        return sorted(range(len(starts)), key=starts.__getitem__)[:limit]
 
 
 class DecodeTurns(PromptTurns):

@@ -93,7 +93,7 @@ class Worker:
             chunk_budget=self._chunk_budget,
             prompt_turns=PromptTurns(weights) if is_fair else None,
             step_shares=StepShares(weights) if may_end_turns else None,
-            decode_turns=DecodeTurns(weights) if is_fair and scheduler.time_shares else None,
+            decode_turns=DecodeTurns(weights) if is_fair else None,
         )
         self._residents = Residents(
             self._table, self.blocks, executor, kv, leases, Timeouts.of(scheduler), make_stop_matcher, clock
