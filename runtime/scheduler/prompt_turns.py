@@ -49,13 +49,13 @@ class PromptTurns(TenantAccounts):
         Each has its tenant, and which share of a step it takes if it is computed as far as it can be. Those of one
         tenant stay in order.
         """
-        present = dict.fromkeys(tenants)
+        present = {tenant: rank for rank, tenant in enumerate(dict.fromkeys(tenants))}
         self._meet(present)
         had = {tenant: self._had[tenant] for tenant in present}
         weights = {tenant: self._weight(tenant) for tenant in present}
-        starts = []  # what its tenant has had when it is a prompt's turn
+        starts = []  # what its tenant has had when it is a prompt's turn; of equals the tenant that came first
         for tenant, share in zip(tenants, shares, strict=True):
-            starts.append(had[tenant])
+            starts.append((had[tenant], present[tenant]))
             had[tenant] += share / weights[tenant]
         return sorted(range(len(starts)), key=starts.__getitem__)[:limit]
 
