@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,15 +50,17 @@ class PromptTurns(TenantAccounts):
         Each has its tenant, and which share of a step it takes if it is computed as far as it can be. Those of one
         tenant stay in order.
         """
-        present = {tenant: rank for rank, tenant in enumerate(dict.fromkeys(tenants))}
-        self._meet(present)
-        had = {tenant: self._had[tenant] for tenant in present}
-        weights = {tenant: self._weight(tenant) for tenant in present}
-        starts = []  # what its tenant has had when it is a prompt's turn; of equals the tenant that came first
-        for tenant, share in zip(tenants, shares, strict=True):
-            starts.append((had[tenant], present[tenant]))
-            had[tenant] += share / weights[tenant]
-        return sorted(range(len(starts)), key=starts.__getitem__)[:limit]
+        queues: dict[str, list[int]] = {}
+        for place, tenant in enumerate(tenants):
+            queues.setdefault(tenant, []).append(place)
+        self._meet(queues)
+        starts = [0.0] * len(tenants)  # what its tenant has had when it is a prompt's turn
+        for tenant, places in queues.items():
+            had, weight = self._had[tenant], self._weight(tenant)
+            for place in places:
+                starts[place] = had
+                had += shares[place] / weight
+        return sorted(chain.from_iterable(queues.values()), key=starts.__getitem__)[:limit]
 
 
 class DecodeTurns(PromptTurns):
