@@ -186,20 +186,15 @@ class Planner:
         tokens = sum(len(chunk.tokens) for chunk in chunks)
         for chunk in chunks:
             share = len(chunk.tokens) / tokens if lacks_tokens else 1 / len(chunks)
-            turns.take(self._tenant(chunk.slot), share)
+            turns.take(self._table.tenants[chunk.slot], share)
             if self._step_shares is not None:
-                self._step_shares.take(self._tenant(chunk.slot), share)
+                self._step_shares.take(self._table.tenants[chunk.slot], share)
 
     def _count_rows(self, slots: NDArray[np.int64]) -> Counter[str]:
         return Counter(self._tenants(slots))
 
     def _tenants(self, slots: NDArray[np.int64]) -> list[str]:
-        return [self._tenant(slot) for slot in slots.tolist()]
-
-    def _tenant(self, slot: int) -> str:
-        row = self._table.rows[slot]
-        assert row is not None
-        return row.owner.sequence.request.tenant
+        return [*map(self._table.tenants.__getitem__, slots.tolist())]
 
     def _ask_beside_tokens(self, chunk: PromptChunk, tokens: NDArray[np.int32]) -> None:
         row = self._table.rows[chunk.slot]

@@ -60,6 +60,7 @@ class ResidentTable:
         self.block_size = block_size
         self.max_blocks = -(-max_seq_len // block_size)
         self.rows: list[Row | None] = [None] * num_slots
+        self.tenants = [""] * num_slots  # of the rows; a free slot's is its last one's
         self.state = np.zeros(num_slots, np.int8)
         self.epoch = np.zeros(num_slots, np.int64)  # grows when a slot is freed: stale results are recognised
         self.order = np.zeros(num_slots, np.int64)  # admission order; smaller is older
@@ -84,6 +85,7 @@ class ResidentTable:
         sequence = row.owner.sequence
         length = len(sequence.prompt_tokens)
         self.rows[slot] = row
+        self.tenants[slot] = row.owner.sequence.request.tenant
         self.state[slot] = state
         self.order[slot] = self._next_order
         self._next_order += 1
