@@ -8,11 +8,11 @@ import anyio
 import anyio.lowlevel
 
 from ..records import TokenDelta
+from ..runtime.worker.driver import TURNS_TO_A_CALLER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_TURNS_TO_PASS = 8  # of the event loop, from here to whoever reads the stream
 _REST_PER_PASS = 3.0  # passing deltas on takes a quarter of the event loop's time at most
 _LONGEST_REST_S = 0.03
 
@@ -67,7 +67,7 @@ class DeltaPace:
     async def rest(self) -> None:
         """Let the event loop pass on what was released, and rest three times as long as that took."""
         begun = anyio.current_time()
-        for _ in range(_TURNS_TO_PASS):
+        for _ in range(TURNS_TO_A_CALLER):
             await anyio.lowlevel.checkpoint()
         await anyio.sleep(min(_LONGEST_REST_S, _REST_PER_PASS * (anyio.current_time() - begun)))
         self._resting = False

@@ -85,7 +85,7 @@ class ResidentTable:
         sequence = row.owner.sequence
         length = len(sequence.prompt_tokens)
         self.rows[slot] = row
-        self.tenants[slot] = row.owner.sequence.request.tenant
+        self.tenants[slot] = sequence.request.tenant
         self.state[slot] = state
         self.order[slot] = self._next_order
         self._next_order += 1

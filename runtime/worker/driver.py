@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sageLLM")
 
-_TURNS_BETWEEN_STEPS = 8  # of the event loop: as many as a result needs from the worker to whoever waits for it
+TURNS_TO_A_CALLER = 8  # of the event loop: as many as a result needs from the worker to whoever waits for it
 
 
 class Driver(Protocol):
@@ -80,7 +80,7 @@ class TaskDriver:
             try:
                 while True:
                     if self._worker.step():
-                        for _ in range(_TURNS_BETWEEN_STEPS):
+                        for _ in range(TURNS_TO_A_CALLER):
                             await anyio.lowlevel.checkpoint()
                         continue
                     with anyio.move_on_after(self._worker.idle_limit_s):

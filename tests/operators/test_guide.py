@@ -73,14 +73,21 @@ def test_a_wrong_grammar_is_rejected_and_others_go_on(on_loop, engine):
     on_loop(main)
 
 
-def test_who_has_no_grammar_overtakes_one_that_takes_long_which_is_compiled_once(on_loop, engine, monkeypatch):
-    release, checked = threading.Event(), []
+@pytest.fixture
+def slow_checks(engine, monkeypatch):
+    """An event that lets checks of guides end, and the guides whose checks have begun."""
+    release, begun = threading.Event(), []
 
     def check(guide):
-        checked.append(guide)
+        begun.append(guide)
         release.wait(20)
 
     monkeypatch.setattr(engine.services.guides, "check", check)
+    return release, begun
+
+
+def test_who_has_no_grammar_overtakes_one_that_takes_long_which_is_compiled_once(on_loop, engine, slow_checks):
+    release, checked = slow_checks
 
     async def main():
         async with engine.stage(GuideOutputs) as stage:
@@ -95,14 +102,8 @@ def test_who_has_no_grammar_overtakes_one_that_takes_long_which_is_compiled_once
     on_loop(main)
 
 
-def test_many_grammars_that_take_long_hold_up_nobody_else_until_the_buffer_is_full(on_loop, engine, monkeypatch):
-    release, begun = threading.Event(), []
-
-    def check(guide):
-        begun.append(guide)
-        release.wait(20)
-
-    monkeypatch.setattr(engine.services.guides, "check", check)
+def test_many_grammars_that_take_long_hold_up_nobody_else_until_the_buffer_is_full(on_loop, engine, slow_checks):
+    release, begun = slow_checks
 
     async def main():
         async with engine.stage(GuideOutputs, buffer=6) as stage:
