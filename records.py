@@ -231,7 +231,10 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class TokenDelta:
-    """What one choice of a streaming request gained in one step. `text` and `tool_calls` are filled by detokenize."""
+    """What one choice of a streaming request gained, in one step or several.
+
+    `text` and `tool_calls` are filled by detokenize.
+    """
 
     sequence: Sequence
     choice: int

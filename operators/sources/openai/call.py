@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -38,7 +38,7 @@ class Call:
         self.rest = ""  # of the path, where the endpoint's ends in a name
         given = self.headers.get(b"x-request-id")
         self._has_id = given is not None
-        self.request_id = uuid.uuid4().hex if given is None else given.decode("latin-1")
+        self.request_id = secrets.token_hex(16) if given is None else given.decode("latin-1")
 
     def check_headers(self) -> None:
         """Take no id that could not be sent back.
@@ -48,7 +48,7 @@ class Call:
         """
         given = self.request_id
         if not (0 < len(given) <= _MAX_ID and given.isascii() and given.isprintable()):
-            self.request_id = uuid.uuid4().hex
+            self.request_id = secrets.token_hex(16)
             raise HTTPError(400, f"X-Request-Id: write 1 to {_MAX_ID} printable ASCII characters", "invalid_header")
 
     def name_after(self, prefix: str) -> None:

@@ -46,6 +46,7 @@ class _Transport:
     def __init__(self, transport: Any) -> None:
         self._transport = transport
         self._write = transport.write
+        self.is_closing = transport.is_closing
         self._kept = b""
         self.keeps = False  # the next write
 
@@ -130,13 +131,13 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._in_body:
             data = _without_upgrade(data)
-            if self._read_timer is None:
-                self._await_head()
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES + _READ_AT_ONCE:
                 self._refuse(HTTPError(431, f"the headers have more than {MAX_HEAD_BYTES} bytes", "headers_too_large"))
                 return
         super().data_received(data)
+        if self._head_bytes and self._read_timer is None and not self.transport.is_closing():
+            self._await_head()  # the rest of one
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -226,6 +226,8 @@ def test_a_client_that_goes_frees_everything(quick, stream):
 
 
 def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody_up(quick):
+    (server,) = quick.source.server._server.servers
+    server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # for each connection: it is soon full
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(20)
