@@ -69,9 +69,9 @@ def _describe(flow: Flow) -> str:
     from ..operators.metrics import Metrics
 
     counters = flow.ledger.counters()
-    bad = counters["error"] + counters["cancelled"] + counters["shed"]
-    failed = f", {bad} failed" if bad else ""
-    parts = [f"{counters['done']} done{failed}, {counters['in_flight']} in flight"]
+    ends = [("done", "done"), ("error", "failed"), ("cancelled", "cancelled"), ("shed", "shed")]
+    told = [f"{counters[name]} {word}" for name, word in ends if counters[name] or name == "done"]
+    parts = [f"{', '.join(told)}, {counters['in_flight']} in flight"]
     reason = flow.report().drained
     if reason is not None:
         parts.insert(0, f"{reason}: finishing what is in flight, a second signal stops at once:")

@@ -30,7 +30,7 @@ class LineSplitter:
         self._number = 1
         self._offset = 0
         self._size = 0
-        self._parts: list[bytes] = []
+        self._begun = bytearray()  # of the line; not as it came, which may have been byte by byte
 
     def feed(self, chunk: bytes) -> list[Line]:
         first, *rest = chunk.split(b"\n")
@@ -47,15 +47,14 @@ class LineSplitter:
 
     def _append(self, part: bytes) -> None:
         self._size += len(part)
-        self._parts.append(part)
+        self._begun += part
         if self._size > self._max:
-            self._parts = [b"".join(self._parts)[:RAW_LIMIT]]
+            del self._begun[RAW_LIMIT:]
 
     def _cut(self, newline: int) -> Line:
-        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        line = Line(self._number, self._offset, data, self._size, self._size > self._max)
+        line = Line(self._number, self._offset, bytes(self._begun), self._size, self._size > self._max)
         self._number += 1
         self._offset += self._size + newline
         self._size = 0
-        self._parts = []
+        self._begun.clear()
         return line

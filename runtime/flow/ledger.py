@@ -80,7 +80,7 @@ class _Family:
 
     def __init__(self, root: Request) -> None:
         self.root = root
-        self.open = 1  # branches that have not ended
+        self.open = {id(root): root}  # the Request objects whose branches have not ended, by id
         self.worst = Outcome.DONE
 
 
@@ -166,7 +166,7 @@ class Ledger:
         """The Request object itself was copied: the request ends when the records of both objects have."""
         branch = self._branch_of(request)
         if branch is not None:
-            branch.family.open += 1
+            branch.family.open[id(copy)] = copy
             self._branches[id(copy)] = _Branch(copy, branch.family)
 
     def _branch_of(self, request: Request) -> _Branch | None:
@@ -215,7 +215,7 @@ class Ledger:
         del self._branches[key]
         self._condemned.discard(key)
         family.worst = _worse(family.worst, branch.worst)
-        family.open -= 1
+        del family.open[key]
         if not family.open:
             del self._open[id(family.root)]
             self._ended[family.worst] += 1
@@ -244,7 +244,7 @@ class Ledger:
         if entry is request:
             return [request]
         family = entry if branch is None else branch.family
-        return [branch.request for branch in self._branches.values() if branch.family is family]
+        return [*family.open.values()] if isinstance(family, _Family) else []
 
     def is_copied(self, request: Request) -> bool:
         """Whether more records than one carry the request, or have."""

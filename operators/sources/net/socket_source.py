@@ -30,11 +30,12 @@ log = logging.getLogger("sageLLM")
 
 _SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _SCARCE_PAUSE_S = 0.2
+_REFUSED_AT_ONCE = 64  # are told why; to more than that the closed connection says it
 _FLUSH_S = 5.0  # for the last words of each connection when the run is over
 
 
 class SocketSourceConfig(ConnectionConfig, IntakeConfig, KeysConfig, OperatorConfig):
-    """`max_connections` are served at once; one more is told so and closed."""
+    """`max_connections` are served at once; one more is told so and closed, and in a flood of them only closed."""
 
     max_connections: Annotated[int, Field(gt=0)] = 1024
 
@@ -81,6 +82,7 @@ class SocketSource(Operator[SocketConfigT]):
         self.intake = Intake(self.context, self.config)
         self._service = Service(self.config, self.intake, self.keys, self.tls, self.make_framing)
         self._connections: set[Connection] = set()
+        self._being_refused = 0
         self._gone = anyio.Event()
         self._accepting = anyio.CancelScope()
 
@@ -149,15 +151,22 @@ class SocketSource(Operator[SocketConfigT]):
                     await anyio.sleep(_SCARCE_PAUSE_S)
                 continue
             connection = Connection(self._service, stream, f"{self.context.name}: {peer}")
-            is_one_too_many = len(self._connections) >= self.config.max_connections
-            if not is_one_too_many:
+            if len(self._connections) < self.config.max_connections:
                 self._connections.add(connection)
-            connections.start_soon(self._serve, connection, is_one_too_many)
+                connections.start_soon(self._serve, connection)
+            elif self._being_refused < _REFUSED_AT_ONCE:
+                self._being_refused += 1
+                connections.start_soon(self._refuse, connection)
+            else:
+                await anyio.aclose_forcefully(stream)
 
-    async def _serve(self, connection: Connection, is_one_too_many: bool) -> None:
-        if is_one_too_many:
+    async def _refuse(self, connection: Connection) -> None:
+        try:
             await connection.refuse(f"{self.config.max_connections} connections are open, as many as are served")
-            return
+        finally:
+            self._being_refused -= 1
+
+    async def _serve(self, connection: Connection) -> None:
         try:
             await connection.serve()
         finally:

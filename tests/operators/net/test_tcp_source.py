@@ -233,6 +233,20 @@ def test_one_connection_too_many_is_told_so_and_closed(serve):
     serve(body, {"max_connections": 1})
 
 
+def test_in_a_flood_of_connections_not_everybody_is_told(serve, monkeypatch):
+    monkeypatch.setattr("sageLLM.operators.sources.net.socket_source._REFUSED_AT_ONCE", 1)
+
+    async def body(server):
+        async with await server.connect() as client, await server.connect() as told:
+            assert len(await told.receive_until_end()) == 1  # and stays for a moment
+            async with await server.connect() as flooding:
+                assert await flooding.receive_until_end() == []
+            await client.send({**HI, "id": "a"})
+            assert (await client.ends(1))["a"]["event"] == "done"
+
+    serve(body, {"max_connections": 1})
+
+
 def test_who_says_nothing_for_long_is_let_go_but_not_while_it_waits(serve, endless):
     async def body(server):
         async with await server.connect() as idle, await server.connect() as waiting:
