@@ -43,23 +43,31 @@ class Channel:
         self._outputs: deque[dict[str, Any]] = deque()
         self._in_flight = 0
         self._has_ended = False
+        self._is_closed = False
         self._submitter: int | None = None  # the last thread that submitted
         self._changed = threading.Condition()
 
-    def submit(self, item: Any, options: Mapping[str, Any], max_in_flight: int) -> None:
-        """Have an item computed; waits while that many are. What cannot be computed is an output with an `error`."""
+    def submit(self, item: Any, options: Mapping[str, Any], max_in_flight: int) -> bool:
+        """Have an item computed; waits while that many are. What cannot be computed is an output with an `error`.
+
+        Returns:
+            False where the channel has closed: the item is another one's.
+        """
         with self._changed:
-            self._submitter, self._has_ended = threading.get_ident(), False
             self._changed.wait_for(lambda: self._in_flight < max_in_flight)
+            if self._is_closed:
+                return False
+            self._submitter, self._has_ended = threading.get_ident(), False
             self._in_flight += 1
         if has_failed(item):
             self._put(item)
-            return
+            return True
         try:
             request = parse_item(item, options)
             self._handle.engine_for(self).submit([(request, partial(self._finish, item))])
         except Exception as error:
             self._put(failed_item(error, item))
+        return True
 
     def _finish(self, item: Any, record: Completion | DeadLetter) -> None:
         self._put(output_item(record, item))
@@ -100,9 +108,10 @@ class Channel:
         Returns:
             Whether that is so.
         """
-        if not self._is_drained:
-            return False
-        with _LOCK:
+        with _LOCK, self._changed:  # nobody submits to it meanwhile
+            if not self._is_drained:
+                return False
+            self._is_closed = True
             if _CHANNELS.get(self._key) is self:
                 del _CHANNELS[self._key]
         self._handle.release(self)

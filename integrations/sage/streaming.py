@@ -56,8 +56,9 @@ class SubmitRequests(EngineUser, SinkFunction):
         if data is END:
             self._channel.end()
             self._channel = None
-        else:
-            self._channel.submit(data, self._options, self._max_in_flight)
+            return
+        while not self._channel.submit(data, self._options, self._max_in_flight):
+            self._channel = find_channel(self._handle, self._name)
 
     def close(self) -> None:
         """What the item END says, from SAGE: where no source of the flow has more."""

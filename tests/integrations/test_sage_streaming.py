@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -134,6 +135,41 @@ def test_what_a_stopped_stream_has_not_given_the_next_one_gives(env, stream):
         env.from_source(Completions, config=NULL, delay=0.01).sink(sink, **kept)
 
     assert stream(build, 1)[0]["text"] == "bcd"
+
+
+def test_who_still_submits_when_another_flow_has_ended_the_channel_gets_the_next_one():
+    ends, goes_on = (SubmitRequests(config=NULL, options=THREE) for _ in range(2))
+    complete = Completions(config=NULL)
+    for submit in (ends, goes_on):
+        submit.execute("a")
+    ends.execute(END)
+    assert [complete.execute()["text"] for _ in range(2)] == ["bcd", "bcd"]
+    assert isinstance(complete.execute(), StopSignal)  # before `goes_on` has more
+    goes_on.execute("hi")
+    goes_on.execute(END)
+    complete = Completions(config=NULL)
+    assert complete.execute()["text"] == "cde"
+    assert isinstance(complete.execute(), StopSignal)
+
+
+def test_flows_that_end_the_channel_while_others_submit_lose_nothing():
+    flows, each = 4, 30
+
+    def submit(flow):
+        for n in range(each):
+            sink = SubmitRequests(config=NULL, options=THREE)
+            sink.execute({"prompt": "a", "id": flow * each + n})
+            sink.execute(END)
+
+    outputs = []
+    with ThreadPoolExecutor(flows) as threads:
+        working = [threads.submit(submit, flow) for flow in range(flows)]
+        while len(outputs) < flows * each:
+            output = Completions(config=NULL).execute()
+            if isinstance(output, dict):
+                outputs.append(output)
+    assert all(done.result() is None for done in working)
+    assert ids_of(outputs) == [*range(flows * each)]
 
 
 def test_no_more_than_max_in_flight_are_computed_at_once():
