@@ -18,14 +18,15 @@ if TYPE_CHECKING:
         SchedulerMode,
         SchedulerPolicy,
     )
-    from .engine import GenerateOutput, GenerateRequest, SageLLMEngine
+    from .engine import SageLLMEngine
     from .errors import SageLLMError
+    from .generation import GenerateOutput, GenerateRequest
 
 _HOMES = {
     "BackendConfig": ".config",
     "BenchmarkConfig": ".config",
-    "GenerateOutput": ".engine",
-    "GenerateRequest": ".engine",
+    "GenerateOutput": ".generation",
+    "GenerateRequest": ".generation",
     "InferenceMode": ".config",
     "KVCacheConfig": ".config",
     "KVGranularity": ".config",

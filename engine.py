@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import gc
-import operator
 import threading
-import uuid
 from concurrent.futures import Future, wait
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, overload
@@ -18,8 +14,16 @@ import anyio
 
 from .config import SageLLMConfig
 from .errors import EngineClosedError, NotAvailableError, RequestError
-from .operators.sources.request_format import request_from_fields
-from .records import Choice, Completion, DeadLetter, FinishReason, Pooling, Request, TokenDelta
+from .generation import (
+    GenerateOutput,
+    GenerateRequest,
+    to_embedding,
+    to_output,
+    to_pooled_record,
+    to_record,
+    to_record_or_letter,
+)
+from .records import Completion, DeadLetter, Pooling, Request, TokenDelta
 from .runtime.calls import Caller, EndCaller, FutureCaller, letter_of
 from .runtime.flow.mailbox import Mailbox
 
@@ -30,108 +34,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .records import TokenLogprobs, ToolCall
     from .runtime.flow.flow import Flow
     from .runtime.flow.ledger import Outcome
     from .runtime.services import EngineServices
-
-
-@dataclass(slots=True)
-class GenerateRequest:
-    """One call: exactly one of `prompt_tokens`, `prompt` and `messages`. `None` is the model's own default.
-
-    What the output must conform to is one of `response_format` (in OpenAI's form), `guided_regex` and `guided_grammar`
-    (Lark, as llguidance reads it), or none of them.
-    """
-
-    request_id: str = ""
-    prompt_tokens: list[int] | None = None
-    max_new_tokens: int = 128
-    temperature: float | None = 1.0
-    top_p: float | None = 1.0
-    stop_sequences: list[str] | str | None = None
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    top_k: int | None = 0
-    min_p: float = 0.0
-    min_tokens: int = 0
-    repetition_penalty: float | None = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    n: int = 1
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    tenant: str = ""
-    cache_salt: str = ""
-    pin: bool = False
-    unpin: bool = False
-    priority: int = 0
-    deadline_ms: float | None = None
-    tools: list[dict[str, Any]] | None = None  # with messages, in OpenAI's form
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool = True
-    response_format: dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
-
-    def to_record(self, stream: bool = False) -> Request:
-        """The record that flows, checked as a line of a file is.
-
-        Raises:
-            RequestError: none or more than one of `prompt_tokens`, `prompt`, `messages` is given, or a field has a
-                wrong type or value; the message names each.
-        """
-        fields = {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
-        fields["request_id"] = self.request_id or None
-        fields["stop"] = fields.pop("stop_sequences")
-        for name in ("prompt_tokens", "stop_token_ids"):
-            if fields[name] is not None:
-                fields[name] = _to_ids(name, fields[name])
-        if isinstance(fields["stop"], tuple):
-            fields["stop"] = [*fields["stop"]]
-        request = request_from_fields(fields, uuid.uuid4().hex)
-        request.stream, request.interactive = stream, True
-        return request
-
-
-def _to_ids(name: str, tokens: Any) -> list[int]:
-    """Token ids from whatever holds integers: a list, a tuple, an array, a tensor."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError as error:
-        raise RequestError(f"{name}: found {tokens!r:.60}, write a list of token ids") from error
-
-
-@dataclass(slots=True)
-class GenerateMetrics:
-    """Measured on this request. `throughput_tps` is its output tokens (of all choices) over its time in the engine."""
-
-    throughput_tps: float = 0.0
-    ttft_ms: float = 0.0
-    tpot_ms: float = 0.0
-    queue_ms: float = 0.0
-    e2e_ms: float = 0.0
-    prefix_hit_tokens: int = 0
-
-
-@dataclass(slots=True)
-class GenerateOutput:
-    """The first choice's tokens, text, finish reason and tool calls; `choices` has all of them. `error` is set when it
-    failed."""
-
-    request_id: str
-    output_tokens: list[int]
-    finish_reason: str
-    metrics: GenerateMetrics = field(default_factory=GenerateMetrics)
-    text: str = ""
-    choices: list[Choice] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    error: str | None = None
-    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 class _StreamCaller(Caller):
@@ -271,9 +176,9 @@ class SageLLMEngine:
             EngineClosedError: the engine is not initialized, was shut down, or has failed.
         """
         if isinstance(request, (GenerateRequest, str, dict)):
-            return _to_output(self._compute([_to_record(request)])[0], strict=True)
-        results = [_to_record_or_letter(each) for each in request]
-        return [_to_output(record, strict=False) for record in self._compute(results)]
+            return to_output(self._compute([to_record(request)])[0], strict=True)
+        results = [to_record_or_letter(each) for each in request]
+        return [to_output(record, strict=False) for record in self._compute(results)]
 
     def embed(
         self, prompts: Sequence[str | Sequence[int]], pooling: Pooling | str = Pooling.MEAN
@@ -289,8 +194,8 @@ class SageLLMEngine:
         """
         if isinstance(prompts, str):
             raise RequestError(f"found {prompts!r:.60}: write a list of texts, as in embed(['...'])")
-        records = self._compute([_to_pooled_record(prompt, pooling) for prompt in prompts])
-        return [_to_embedding(record) for record in records]
+        records = self._compute([to_pooled_record(prompt, pooling) for prompt in prompts])
+        return [to_embedding(record) for record in records]
 
     def _compute(self, results: list[Request | DeadLetter]) -> list[Completion | DeadLetter]:
         services = self.services
@@ -347,10 +252,10 @@ class SageLLMEngine:
             RequestError: the request is bad or failed.
             EngineClosedError: the engine is not running.
         """
-        async with aclosing(self._follow(_to_record(request))) as records:
+        async with aclosing(self._follow(to_record(request))) as records:
             async for record in records:
                 if not isinstance(record, TokenDelta):
-                    return _to_output(record, strict=True)
+                    return to_output(record, strict=True)
         raise EngineClosedError("the engine was shut down")
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncGenerator[int, None]:
@@ -360,10 +265,10 @@ class SageLLMEngine:
             RequestError: the request is bad or failed.
             EngineClosedError: the engine is not running.
         """
-        async with aclosing(self._follow(_to_record(request, stream=True))) as records:
+        async with aclosing(self._follow(to_record(request, stream=True))) as records:
             async for record in records:
                 if not isinstance(record, TokenDelta):
-                    _to_output(record, strict=True)
+                    to_output(record, strict=True)
                 elif record.choice == 0:
                     for token in record.tokens:
                         yield token
@@ -410,65 +315,6 @@ def standard_pipeline(config: SageLLMConfig) -> dict[str, Any]:
         "operators": {stage: {} for stage in stages},
         "edges": [" -> ".join(stages), *(f"{stage}.error -> reply_sink" for stage in failing)],
     }
-
-
-def _to_record(request: GenerateRequest, stream: bool = False) -> Request:
-    if not isinstance(request, GenerateRequest):
-        raise RequestError(f"found {request!r:.60}: write a GenerateRequest, as in GenerateRequest(prompt='...')")
-    return request.to_record(stream)
-
-
-def _to_pooled_record(prompt: str | Sequence[int], pooling: Pooling | str) -> Request:
-    given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_tokens": _to_ids("prompts", prompt)}
-    request = request_from_fields({**given, "pooling": pooling}, uuid.uuid4().hex)
-    request.interactive = True
-    return request
-
-
-def _to_record_or_letter(request: GenerateRequest) -> Request | DeadLetter:
-    """A bad request in a list does not keep the others from being sent."""
-    try:
-        return _to_record(request)
-    except RequestError as error:
-        if not isinstance(request, GenerateRequest):
-            raise
-        return DeadLetter(str(error), request=Request(request.request_id))
-
-
-def _to_output(record: Completion | DeadLetter, strict: bool) -> GenerateOutput:
-    if isinstance(record, DeadLetter):
-        if strict:
-            raise RequestError(record.error)
-        return GenerateOutput(record.request_id or "", [], FinishReason.ERROR.value, error=record.error)
-    first, measured = record.choices[0], record.metrics
-    reason = first.finish_reason or FinishReason.ERROR
-    seconds = measured.e2e_ms / 1000
-    metrics = GenerateMetrics(
-        throughput_tps=record.output_length / seconds if seconds else 0.0,
-        ttft_ms=measured.ttft_ms,
-        tpot_ms=measured.tpot_ms,
-        queue_ms=measured.queue_ms,
-        e2e_ms=measured.e2e_ms,
-        prefix_hit_tokens=measured.prefix_hit_tokens,
-    )
-    return GenerateOutput(
-        record.request_id,
-        first.output_tokens,
-        reason.value,
-        metrics,
-        first.text,
-        record.choices,
-        record.prompt_logprobs,
-        tool_calls=first.tool_calls,
-    )
-
-
-def _to_embedding(record: Completion | DeadLetter) -> NDArray[np.float32]:
-    if isinstance(record, DeadLetter):
-        raise RequestError(record.error)
-    if record.embedding is None:
-        raise RequestError(f"the request ended with {record.finish_reason}")
-    return record.embedding
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -54,7 +54,7 @@ class SageLLM:
         self._engine.initialize()
 
     def run(self, workload: Workload) -> tuple[Measurement, list[list[int]]]:
-        from ..engine import GenerateRequest
+        from ..generation import GenerateRequest
 
         calls = [
             GenerateRequest(prompt_tokens=prompt, max_new_tokens=length, temperature=0.0, ignore_eos=True)

@@ -120,7 +120,7 @@ def _start(config: dict[str, Any]) -> SageLLMEngine:
 
 
 def _time_first_token(engine: SageLLMEngine, prompt: list[int]) -> float:
-    from ..engine import GenerateRequest
+    from ..generation import GenerateRequest
 
     call = GenerateRequest(prompt_tokens=prompt, max_new_tokens=1, temperature=0.0, ignore_eos=True)
     output = engine.generate(call)

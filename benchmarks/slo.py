@@ -13,7 +13,8 @@ import anyio
 import numpy as np
 
 from ..config import SageLLMConfig
-from ..engine import GenerateRequest, SageLLMEngine
+from ..engine import SageLLMEngine
+from ..generation import GenerateRequest
 from .checkpoints import write_checkpoint
 from .measurement import format_table
 from .workloads import SHAPES

@@ -21,6 +21,7 @@ FLOORS = [
     {"graph"},
     {"runtime"},
     {"operators"},
+    {"generation"},
     {"engine"},
     {"cli", "integrations", "benchmarks"},
 ]
