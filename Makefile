@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Byte code is kept, whatever the shell says: the tests start a hundred processes, and each would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: run test others lint types install
 
 run: $(VENV)/.installed  ## install, then run the quickstart pipeline on the built-in model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser):
     parser.addoption("--soak-minutes", type=float, default=2.0, help="how long tests/soak runs")
+
+
+def pytest_collection_finish():
+    """Modules and tests live to the end: looking for cyclic garbage among them took a tenth of the time."""
+    gc.freeze()
 
 
 CHAT_TEMPLATE = (

@@ -342,6 +342,6 @@ def test_cache_behaves_like_its_model(monkeypatch, few, eviction):
     machine = type("Machine", (CacheMachine,), {"eviction": eviction})
     run = machine.TestCase("runTest")
     run.settings = settings(
-        max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
     )
     run.runTest()

@@ -49,7 +49,7 @@ swapped = st.fixed_dictionaries(
 )
 engines = engines | swapped
 many = settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     derandomize=True,
@@ -113,7 +113,7 @@ def test_a_device_that_stumbles(make_run, make_requests, small_engine, seed, oft
     assert run.counts.get("error", 0) == len(run.letters)
 
 
-@settings(many, max_examples=20)
+@settings(many, max_examples=12)
 @given(seed=st.integers(0, 2**16), often=st.sampled_from((0.05, 0.5)), disk_holds=st.sampled_from((0, 10, 10**6)))
 def test_tiers_that_stumble_on_a_disk_that_fills(make_run, make_requests, tmp_path, seed, often, disk_holds):
     import random

@@ -161,7 +161,7 @@ def test_who_waits_for_a_slot_sees_signs_of_life(serve, monkeypatch):
     monkeypatch.setattr(http_source, "_KEEP_ALIVE_S", 0.05)
     with serve("engine.scheduler.max_batch_size=1") as server:
         gate = threading.Event()
-        with Streaming(server), ThreadPoolExecutor(1) as threads:
+        with ThreadPoolExecutor(1) as threads, Streaming(server):
 
             def wait_in_line():
                 with Streaming(server, max_tokens=2) as response:

@@ -87,7 +87,7 @@ def check_that_sources_are_kept(b):
             assert worker._kv._pool.owners.counts[[source for source, _ in plan.copies]].all()
 
 
-many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @many
