@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..operators.metrics import MetricsSummary
     from ..runtime.flow.flow import Flow, FlowReport
 
-_PLAIN_INTERVAL_S = 5.0
+PLAIN_INTERVAL_S = 5.0
 _LIVE_INTERVAL_S = 0.2
 
 
@@ -110,7 +110,7 @@ class _Plain:
         await _tell_addresses(flow)
         told = ""
         while True:
-            await anyio.sleep(_PLAIN_INTERVAL_S)
+            await anyio.sleep(PLAIN_INTERVAL_S)
             if (line := _describe(flow)) != told:  # a server may be idle for days
                 print(line, file=sys.stderr, flush=True)
                 told = line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError
+from .progress import PLAIN_INTERVAL_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,9 +109,12 @@ def _summary(sender: Sender) -> str:
 
 @contextmanager
 def _progress(lines: IO[bytes], quiet: bool) -> Iterator[Callable[[Sender], None]]:
-    """Show a bar, if there is a terminal to show it on."""
-    if quiet or not sys.stderr.isatty():
+    """Show a bar where there is a terminal to show it on, elsewhere a line from time to time."""
+    if quiet:
         yield lambda sender: None
+        return
+    if not sys.stderr.isatty():
+        yield _show_plainly()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -121,7 +126,22 @@ def _progress(lines: IO[bytes], quiet: bool) -> Iterator[Callable[[Sender], None
         task = bar.add_task("", total=total)
 
         def show(sender: Sender) -> None:
-            said = f"{sender.in_flight} in flight  {_summary(sender)}"
-            bar.update(task, completed=sum(sender.counts.values()), description=said)
+            bar.update(task, completed=sum(sender.counts.values()), description=_describe(sender))
 
         yield show
+
+
+def _show_plainly() -> Callable[[Sender], None]:
+    told_at = time.monotonic()
+
+    def show(sender: Sender) -> None:
+        nonlocal told_at
+        if time.monotonic() >= told_at + PLAIN_INTERVAL_S:
+            told_at = time.monotonic()
+            print(_describe(sender), file=sys.stderr, flush=True)
+
+    return show
+
+
+def _describe(sender: Sender) -> str:
+    return f"{sender.in_flight} in flight  {_summary(sender)}"

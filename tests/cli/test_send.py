@@ -97,7 +97,15 @@ def test_every_request_gets_its_answer(server, send, way, options):
     assert {result["event"] for result in results} == {"done"}
     lengths = {result["request_id"]: result["usage"]["prompt_tokens"] for result in results}
     assert lengths == {**{f"line-{n + 1}": n + 1 for n in range(30)}, "mine": 1}
-    assert told == "done 31\n"
+    assert told.splitlines()[-1] == "done 31"
+
+
+def test_without_a_terminal_progress_is_a_line_from_time_to_time(server, send, monkeypatch):
+    monkeypatch.setattr("sageLLM.cli.send.PLAIN_INTERVAL_S", 0)
+    *progress, last = send(server["tcp"], QUESTIONS, "--max-in-flight", "2")[2].splitlines()
+    assert last == "done 30"
+    assert all(re.fullmatch(r"[0-2] in flight  (no requests|done \d+)", line) for line in progress)
+    assert len(progress) >= 15
 
 
 def test_results_go_to_a_file(server, send, tmp_path):
@@ -110,7 +118,7 @@ def test_what_is_shed_is_sent_again(server, send):
     long = [json.dumps({"prompt": "x", "max_new_tokens": 2000, "ignore_eos": True}).encode() for _ in range(2)]
     code, results, told = send(server["small"], long, "--max-in-flight", "2")
     assert (code, len(results)) == (0, 2)
-    assert re.fullmatch(r"done 2  sent again [1-9]\d*\n", told)
+    assert re.fullmatch(r"done 2  sent again [1-9]\d*", told.splitlines()[-1])
 
 
 def test_bad_lines_are_errors_and_the_rest_is_done(server, send):
