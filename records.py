@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .errors import RequestError
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. The first two are a normal end."""
@@ -338,7 +340,8 @@ class Completion:
 class DeadLetter:
     """The terminal record of a request that was not computed, or of a line that is no request.
 
-    `blames_request`: the request itself is at fault, and would fail again; otherwise it met a failure of ours.
+    `blames_request`: the request itself is at fault, and would fail again; otherwise it met a failure of ours. `param`
+    is the first field of it that is wrong, where one is.
     """
 
     error: str
@@ -346,6 +349,12 @@ class DeadLetter:
     src: SourcePosition | None = None
     request: Request | None = None
     blames_request: bool = False
+    param: str | None = None
+
+    @classmethod
+    def refusing(cls, request: Request, error: RequestError) -> DeadLetter:
+        """That of a request which is itself at fault."""
+        return cls(str(error), src=request.src, request=request, blames_request=True, param=error.param)
 
     @property
     def request_id(self) -> str | None:

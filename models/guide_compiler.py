@@ -102,10 +102,10 @@ class GuideCompiler:
         if not matcher.is_error():
             fill_next_token_bitmask(matcher, bits)
         if matcher.is_error():
-            raise RequestError(f"{_NAMES[guide.kind]}: {_explain(guide, matcher)}")
+            raise _refusal(guide, _explain(guide, matcher))
         if not (bits[0] & self.text_bits).any():
             found = "nothing but an empty output" if matcher.is_accepting() else "no text that the model has tokens for"
-            raise RequestError(f"{_NAMES[guide.kind]}: it allows {found}: write one that allows more")
+            raise _refusal(guide, f"it allows {found}: write one that allows more")
         return matcher
 
     @cached_property
@@ -149,18 +149,23 @@ def describe_error(matcher: LLMatcher) -> str:
     return re.sub(r"^(at )?(\d+)\((\d+)\)", r"line \2, column \3", " ".join(lines))
 
 
+def _refusal(guide: Guide, why: str) -> RequestError:
+    return RequestError(f"{_NAMES[guide.kind]}: {why}", _NAMES[guide.kind])
+
+
 def _check_size(guide: Guide) -> None:
     """Refuse what llguidance would not end with, or would end the process with."""
     if len(guide.source) > _MAX_SOURCE:
         found = f"found {len(guide.source)} characters, write at most {_MAX_SOURCE}"
-        raise RequestError(f"{_NAMES[guide.kind]}: it is too large: {found}")
+        raise _refusal(guide, f"it is too large: {found}")
     if guide.kind is GuideKind.REGEX:
         return
     plain = _ASCII_ESCAPE.sub(lambda match: chr(int(match[1], 16)), guide.source)
     if _common_multiple(_MULTIPLE_OF.findall(plain)) > _MAX_MULTIPLE:
-        raise RequestError(
-            f"{_NAMES[guide.kind]}: multipleOf is too large, or there are too many: write numbers with a common "
-            f"multiple of at most {_MAX_MULTIPLE}, counted in the last decimal place of any"
+        raise _refusal(
+            guide,
+            "multipleOf is too large, or there are too many: write numbers with a common "
+            f"multiple of at most {_MAX_MULTIPLE}, counted in the last decimal place of any",
         )
 
 
@@ -225,7 +230,7 @@ def _grammar_of(guide: Guide) -> str:
             return LLMatcher.grammar_from_json_schema(schema)
         return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
     except ValueError as error:
-        raise RequestError(f"{_NAMES[guide.kind]}: {error}") from error
+        raise _refusal(guide, str(error)) from error
 
 
 def _checkpoint_tokens(source: str, vocab_size: int, model: ResolvedModel) -> LLTokenizer:

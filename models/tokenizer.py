@@ -14,7 +14,7 @@ from .resolve import NULL_VOCAB_SIZE, read_json
 from .tool_calls import ToolFormat, detect_tool_format, to_template_messages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from tokenizers import Tokenizer as RustTokenizer
@@ -165,11 +165,16 @@ class Tokenizer:
         twin._text_tokens = frozenset(self.tool_format.markers) if self.tool_format else frozenset()
         return twin
 
-    def special_ids(self, tokens: Iterable[str]) -> dict[str, int]:
-        """Those of the tokens that are special ones, with their ids."""
-        ids = {token: self._rust.token_to_id(token) for token in tokens}
-        special = {token for token, entry in self._rust.get_added_tokens_decoder().items() if entry.special}
-        return {token: found for token, found in ids.items() if found in special}
+    @cached_property
+    def control_ids(self) -> dict[str, int]:
+        """The tokens that are no text to llguidance, so that a grammar names them by their ids: special ones, and any
+        that was added and looks like `<...>`."""
+        added = self._rust.get_added_tokens_decoder()
+        return {
+            entry.content: token
+            for token, entry in added.items()
+            if entry.special or (entry.content.startswith("<") and entry.content.endswith(">"))
+        }
 
     def encode_chat(self, messages: list[dict[str, Any]], **variables: Any) -> list[int]:
         """The ids of a rendered conversation; the template writes the special tokens, so none are added.
@@ -298,8 +303,9 @@ class NullTokenizer:
         """See `Tokenizer.encode_chat`."""
         return self.encode(self.render_chat(messages, **variables))
 
-    def special_ids(self, tokens: Iterable[str]) -> dict[str, int]:
-        """See `Tokenizer.special_ids`."""
+    @property
+    def control_ids(self) -> dict[str, int]:
+        """See `Tokenizer.control_ids`."""
         return {}
 
     def new_text_state(self, skip_special_tokens: bool = True) -> TextState:

@@ -110,16 +110,15 @@ class GuideOutputs(Operator[GuideConfig]):
         return sum(map(len, self._waiting.values())) >= self.config.buffer
 
     async def _compile(self, guide: Guide, out: Outlet) -> None:
-        error = ""
+        error: RequestError | None = None
         try:
             await anyio.to_thread.run_sync(self._guides.check, guide, limiter=self._threads)
         except RequestError as wrong:
-            error = str(wrong)
+            error = wrong
         sequences = self._waiting.pop(guide)
         self._room.set()
-        if error:
-            requests = [sequence.request for sequence in sequences]
-            await out.reject([DeadLetter(error, src=each.src, request=each, blames_request=True) for each in requests])
+        if error is not None:
+            await out.reject([DeadLetter.refusing(sequence.request, error) for sequence in sequences])
             return
         for sequence in sequences:
             sequence.guide = guide

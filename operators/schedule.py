@@ -120,8 +120,7 @@ class Schedule(Operator[ScheduleConfig]):
                     pins.check(sequence, leases.prompt_blocks(sequence), leases.max_blocks(sequence))
                     self._waiting.offer(sequence)
                 except RequestError as error:
-                    request = sequence.request
-                    refused.append(DeadLetter(str(error), src=request.src, request=request, blames_request=True))
+                    refused.append(DeadLetter.refusing(sequence.request, error))
             if refused:
                 await out.reject(refused)
             self._wake()

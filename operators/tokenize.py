@@ -9,7 +9,7 @@ import anyio
 
 from ..config import InferenceMode
 from ..errors import RequestError
-from ..models.tool_calls import forced_call_grammar
+from ..models.tool_calls import forced_call_grammar, free_call_grammar
 from ..records import DeadLetter, Guide, GuideKind, Pooling, Request, SamplingParams, Sequence
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.worker.sampling_checks import check_sampling
@@ -55,7 +55,7 @@ class Tokenize(Operator[OperatorConfig]):
             try:
                 sequences.append(self._build(request, ids))
             except RequestError as error:
-                letters.append(DeadLetter(str(error), src=request.src, request=request, blames_request=True))
+                letters.append(DeadLetter.refusing(request, error))
         if sequences:
             await out.send(sequences)
         if letters:
@@ -87,21 +87,25 @@ class Tokenize(Operator[OperatorConfig]):
 
     def _render_chat(self, request: Request) -> str:
         assert request.messages is not None
-        text = self._tokenizer.render_chat(request.messages, tools=request.tools)
-        if request.tools:
-            self._prepare_calls(request, request.tools)
+        if not request.tools:
+            return self._tokenizer.render_chat(request.messages)
+        text = self._tokenizer.render_chat(request.messages, tools=[_as_taught(tool) for tool in request.tools])
+        self._prepare_calls(request, request.tools)
         return text
 
     def _prepare_calls(self, request: Request, tools: list[dict[str, Any]]) -> None:
-        """See that calls will be understood and, where one is required, that the output is one."""
+        """See that calls will be understood and, where one is required or has to conform, what the output must be."""
         tool_format = self._tokenizer.tool_format
         if tool_format is None:
             raise RequestError("this model's chat template has calls written in a form that is not known here", "tools")
-        choice = request.tool_choice
+        choice, control_ids = request.tool_choice, self._tokenizer.control_ids
         if choice.required:
-            special = self._tokenizer.special_ids(tool_format.markers)
-            grammar = forced_call_grammar(tool_format, tools, special, choice.name, choice.parallel)
-            request.guide = Guide(GuideKind.TOOL_CALL, grammar)
+            grammar = forced_call_grammar(tool_format, tools, control_ids, choice.name, choice.parallel)
+        elif any(tool["function"].get("strict") for tool in tools):
+            grammar = free_call_grammar(tool_format, tools, control_ids, choice.parallel)
+        else:
+            return
+        request.guide = Guide(GuideKind.TOOL_CALL, grammar)
 
     def _encode_texts(self, texts: list[tuple[int, str]], add_special_tokens: bool) -> list[list[int] | RequestError]:
         if not texts:
@@ -178,3 +182,9 @@ class Tokenize(Operator[OperatorConfig]):
         )
         self._last_sampling = (sampling, complete)
         return complete
+
+
+def _as_taught(tool: dict[str, Any]) -> dict[str, Any]:
+    """What the model is told of a tool: `strict` is for us, and no template's model was taught it."""
+    function = {name: value for name, value in tool["function"].items() if name != "strict"}
+    return {**tool, "function": function}

@@ -12,9 +12,10 @@ from sageLLM.errors import RequestError
 
 FORMS = {
     "hermes": "Call with <tool_call>.",
-    "mistral": "[TOOL_CALLS]",  # a special token of the tokenizer, here
+    "mistral": "[TOOL_CALLS]",
     "llama3_json": 'ipython {"name": a, "parameters": b}',
 }
+OPENINGS = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "llama3_json": "<|python_tag|>"}
 TEMPLATE = "{{{{ '{form}' }}}}{{{{ tools | tojson if tools }}}}{{{{ messages[0].content }}}}"
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rom"]}}, "required": ["city"],
         "additionalProperties": False}  # fmt: skip
@@ -32,7 +33,7 @@ def engine(request, checkpoint_folder, tmp_path_factory):
     for name, change in (
         ("config.json", lambda text: json.dumps({**json.loads(text), "max_position_embeddings": 2048})),
         ("tokenizer_config.json", lambda text: json.dumps({**json.loads(text), "chat_template": template})),
-        ("tokenizer.json", lambda text: text.replace("<|user|>", "[TOOL_CALLS]")),
+        ("tokenizer.json", lambda text: text.replace("<|user|>", OPENINGS[request.param])),  # a token of its own
     ):
         (folder / name).write_text(change((folder / name).read_text()))
     config = SageLLMConfig(
@@ -47,7 +48,8 @@ def engine(request, checkpoint_folder, tmp_path_factory):
 
 def ask(**options):
     messages = [{"role": "user", "content": "Hi"}]
-    return GenerateRequest(messages=messages, max_new_tokens=200, temperature=1.0, seed=3, tools=TOOLS, **options)
+    usual = {"max_new_tokens": 200, "temperature": 1.0, "seed": 3, "tools": TOOLS}
+    return GenerateRequest(messages=messages, **usual | options)
 
 
 def arguments_fit(call):
@@ -76,6 +78,35 @@ def test_where_the_model_decides_random_weights_call_nothing(engine):
     output = engine.generate(ask(tool_choice="auto"))
     assert output.tool_calls == []
     assert output.text == engine.services.tokenizer.for_tools.decode(output.output_tokens)
+
+
+def strict(tools):
+    return [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in tools]
+
+
+def test_strict_tools_leave_an_answer_as_it_is(engine):
+    """Random weights write parts of characters, too; the byte 0xff is the only text that is kept out."""
+    tokenizer = engine.services.tokenizer
+    byte = next(token for token in range(tokenizer.vocab_size) if tokenizer.token_bytes(token) == b"\xff")
+    options = {"n": 4, "logit_bias": dict.fromkeys([byte, *tokenizer.control_ids.values()], -100.0)}
+    plain, free = (engine.generate(ask(**options, tools=tools)) for tools in (TOOLS, strict(TOOLS)))
+    assert [each.output_tokens for each in free.choices] == [each.output_tokens for each in plain.choices]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_once_the_model_begins_a_call_its_arguments_conform(engine, parallel):
+    """It is made to begin with the opening, and goes on as it likes."""
+    name = engine.services.tokenizer.tool_format.name
+    token = engine.services.tokenizer.control_ids[OPENINGS[name]]
+    output = engine.generate(
+        ask(tools=strict(TOOLS), parallel_tool_calls=parallel, logit_bias={token: 100.0}, temperature=0.0)
+    )
+    assert output.output_tokens[0] == token
+    assert output.text == ""
+    assert output.tool_calls
+    assert all(map(arguments_fit, output.tool_calls))
+    if not parallel or name == "llama3_json":
+        assert (len(output.tool_calls), output.finish_reason) == (1, "stop")
 
 
 def test_tools_that_cannot_be_used(engine):

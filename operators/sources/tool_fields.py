@@ -79,10 +79,6 @@ def tools_from_fields(fields: dict[str, Any]) -> tuple[list[dict[str, Any]] | No
     if name is not None and name not in names:
         raise RequestError(f"tool_choice: no tool {name!r}: write one of {', '.join(names)}", "tool_choice")
     required = name is not None or wanted == "required"
-    if not required and wanted != "none" and any(tool["function"].get("strict") for tool in tools):
-        raise RequestError(
-            "tools: strict holds for calls that are forced: leave it out, or write tool_choice required", "tools"
-        )
     if wanted == "none":
         return None, ToolChoice()
     plain = [{**tool, "function": _without_nulls(tool["function"])} for tool in tools]

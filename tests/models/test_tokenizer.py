@@ -212,7 +212,7 @@ def test_a_template_without_tools_refuses_them():
 
 def test_where_calls_are_looked_for_their_markers_are_text():
     tokenizer = with_tools()
-    marker = tokenizer.special_ids(["[TOOL_CALLS]", "<tool 中>", "unknown"])["[TOOL_CALLS]"]
+    marker = tokenizer.control_ids["[TOOL_CALLS]"]
     ids = [*tokenizer.encode("hé"), 0, marker, *tokenizer.encode("l")]
     assert tokenizer.decode(ids) == "hél"
     assert tokenizer.for_tools.decode(ids) == tokenizer.for_tools.stream().push(ids) == "hé[TOOL_CALLS]l"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sageLLM.errors import RequestError
@@ -14,6 +14,7 @@ from sageLLM.models.tool_calls import (
     ToolCallParser,
     detect_tool_format,
     forced_call_grammar,
+    free_call_grammar,
     to_template_messages,
 )
 from sageLLM.models.tool_calls.formats import HERMES, LLAMA3_JSON, MISTRAL
@@ -228,26 +229,58 @@ def call(name, arguments, key="arguments"):
     return f'{{"name": "{name}", "{key}": {arguments}}}'
 
 
+CONTROLS = ["[TOOL_CALLS]", "<tool_call>", "<|python_tag|>", "<think>", "</think>", "<end>"]  # from token 256 on
+CONTROL_IDS = {name: 256 + index for index, name in enumerate(CONTROLS)}
+PIECES = [
+    "<tool", "<tool_call>", "x<tool_call>\n", "</tool_call>", "[TOOL", "[TOOL_CALLS]", "<|python_tag|>", "[{",
+    '{"name": "', '{"name": "add"', '"parameters": ', '"arguments": {}', ': "add"', '{"', "name", '"', "n\\u0061me",
+    "get_weather", "}",
+]  # fmt: skip
+PIECE_BYTES = [*(piece.encode() for piece in PIECES), b"\xe4\xb8"]
+TOKENS = [*(bytes([byte]) for byte in range(256)), *(b"\xff" + name.encode() for name in CONTROLS), *PIECE_BYTES]
+END = CONTROL_IDS["<end>"]
+MARKER_TOKENS = {CONTROL_IDS[each.opening] for each in (HERMES, LLAMA3_JSON, MISTRAL)}
+
+
 @pytest.fixture(scope="module")
-def accepts():
-    """Whether a grammar accepts a text, over a tokenizer of bytes whose token 256 is special."""
+def tokenizer():
+    """llguidance's, of bytes, control tokens and some longer pieces."""
     import llguidance
 
-    class Bytes:
-        eos_token_id, bos_token_id, unk_token_id = 257, None, None
-        tokens = [bytes([byte]) for byte in range(256)] + [b"\xff[TOOL_CALLS]", b"\xff<end>"]
-        special_token_ids = [256, 257]
+    class Tokens:
+        eos_token_id, bos_token_id, unk_token_id = END, None, None
+        tokens = TOKENS
+        special_token_ids = [*CONTROL_IDS.values()]
 
         def __call__(self, text):
             return list(text.encode() if isinstance(text, str) else text)
 
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()))
 
-    def check(grammar, text, special=False):
+
+@pytest.fixture(scope="module")
+def matcher_of(tokenizer):
+    """A grammar's matcher, before the first token."""
+    from functools import cache
+
+    import llguidance
+
+    @cache
+    def compiled(grammar):
         lark = llguidance.LLMatcher.grammar_from_lark(grammar)
         assert llguidance.LLMatcher.validate_grammar(lark, tokenizer) == ""
-        matcher = llguidance.LLMatcher(tokenizer, lark)
-        tokens = [256] * special + list(text.encode())
+        return llguidance.LLMatcher(tokenizer, lark)
+
+    return lambda grammar: compiled(grammar).deep_copy()
+
+
+@pytest.fixture(scope="module")
+def accepts(matcher_of):
+    """Whether a grammar accepts a text, after the opening of Mistral's format as a token if `special`."""
+
+    def check(grammar, text, special=False):
+        matcher = matcher_of(grammar)
+        tokens = [CONTROL_IDS["[TOOL_CALLS]"]] * special + list(text.encode())
         whole = matcher.validate_tokens(tokens) == len(tokens)
         return whole and matcher.consume_tokens(tokens) and matcher.is_accepting()
 
@@ -287,3 +320,121 @@ def test_forced_calls_of_the_other_formats(accepts):
     assert accepts(mistral, f" {calls}", special=True)
     assert not accepts(mistral, calls)
     assert not accepts(forced_call_grammar(MISTRAL, TOOLS, {"[TOOL_CALLS]": 256}, parallel=False), calls, special=True)
+
+
+STRICT_TOOLS = [
+    {"type": "function", "function": {**TOOLS[0]["function"], "strict": True}},
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["unknown"]}}},
+]
+CONTROLS_OF = {
+    "as tokens": CONTROL_IDS,
+    "as text": {name: token for name, token in CONTROL_IDS.items() if token not in MARKER_TOKENS},
+}
+FORMATS = [HERMES, LLAMA3_JSON, MISTRAL]
+
+
+def allowed_by(matcher):
+    import numpy as np
+    from llguidance.numpy import fill_next_token_bitmask
+
+    bits = np.zeros((1, -(-len(TOKENS) // 32)), np.int32)
+    fill_next_token_bitmask(matcher, bits)
+    return np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")[: len(TOKENS)]).tolist()
+
+
+def text_of(tokens, tool_format):
+    """As detokenize has it: of control tokens only the format's markers are text."""
+    return b"".join(
+        TOKENS[token].removeprefix(b"\xff")
+        for token in tokens
+        if not TOKENS[token].startswith(b"\xff") or TOKENS[token][1:].decode() in tool_format.markers
+    ).decode("utf-8", "replace")
+
+
+def assert_free(matcher, tokens):
+    """They may follow each other, and any may be the last."""
+    for token in tokens:
+        assert matcher.is_accepting()
+        assert token in allowed_by(matcher)
+        assert matcher.consume_token(token)
+    assert matcher.is_accepting()
+
+
+ORDINARY = [CONTROL_IDS["<think>"], CONTROL_IDS["</think>"]]
+ORDINARY += [token for token, data in enumerate(TOKENS) if not {*data} & {*b"<[{\xff"}]
+
+
+@pytest.mark.parametrize("controls", CONTROLS_OF)
+@pytest.mark.parametrize("tool_format", FORMATS, ids=lambda each: each.name)
+@settings(deadline=None, max_examples=25)
+@given(tokens=st.lists(st.sampled_from(ORDINARY), max_size=20))
+def test_where_the_model_decides_any_tokens_are_text(matcher_of, tool_format, controls, tokens):
+    """Also control tokens and parts of characters, in any order."""
+    assert_free(matcher_of(free_call_grammar(tool_format, STRICT_TOOLS, CONTROLS_OF[controls])), tokens)
+
+
+@pytest.mark.parametrize("tool_format", FORMATS, ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a <b> [c] {d}", "<tool_cal", "<<tool_call", "[[TOOL_CALLS", "<|python_tag| >", "1 < 2\n\n", "[1, 2]",
+        '{"city": "Bern"}', '{"name": "Anna", "parameters": {}}', ' {"name"', '{"tools": ["add"]}', "{{{",
+        'Call it with {"name": "add", "arguments": {}}.', '```json\n{"name": "add", "parameters": {}}\n```',
+    ],
+)  # fmt: skip
+def test_also_what_only_looks_like_a_call(matcher_of, tool_format, text):
+    assert_free(matcher_of(free_call_grammar(tool_format, STRICT_TOOLS, CONTROL_IDS)), list(text.encode()))
+
+
+def test_once_a_call_begins_it_is_one(accepts):
+    """The opening decides, as a token of its own or spelled; in a bare format the name of a function does."""
+    weather, add = call("get_weather", '{"city": "Bern"}'), call("add", '{"a": [1]}')
+    hermes = free_call_grammar(HERMES, STRICT_TOOLS, {})
+    text = f"I see.\n<tool_call>\n{weather}\n</tool_call>\n<tool_call>\n{add}\n</tool_call>"
+    assert accepts(hermes, text)
+    assert not accepts(hermes, text.replace("Bern", "Paris"))
+    assert not accepts(hermes, f"{text} and then")
+    assert not accepts(hermes, "I see <tool_call>.")
+    single = free_call_grammar(HERMES, STRICT_TOOLS, {}, parallel=False)
+    assert accepts(single, text.partition('\n<tool_call>\n{"name": "add')[0])
+    assert not accepts(single, text)
+
+    mistral = free_call_grammar(MISTRAL, STRICT_TOOLS, CONTROL_IDS)
+    for special, opening in ((True, ""), (False, "Yes. [TOOL_CALLS]")):
+        assert accepts(mistral, f"{opening}[{weather}, {add}]", special)
+        assert not accepts(mistral, f"{opening}[{weather.replace('Bern', 'Paris')}]", special)
+        assert not accepts(mistral, f"{opening} I call", special)
+
+    llama = free_call_grammar(LLAMA3_JSON, STRICT_TOOLS, CONTROL_IDS)
+    for opening in ("", " \n", "Yes. <|python_tag|>"):
+        for city in ("Bern", "Paris"):
+            made = call("get_weather", json.dumps({"city": city}), "parameters")
+            assert accepts(llama, opening + made) is (city == "Bern")
+    spaced = call("add", "{}", "parameters").replace("{", "{ ", 1)
+    assert accepts(llama, spaced)
+    for hidden in ("n\\u0061me", "\\u006Eame"):  # the parser would read it
+        assert not accepts(llama, spaced.replace("name", hidden))
+    assert not accepts(llama, '{"parameters": {}, "name": "add"}')
+
+
+@pytest.mark.parametrize("controls", CONTROLS_OF)
+@pytest.mark.parametrize("tool_format", FORMATS, ids=lambda each: each.name)
+@settings(deadline=None, max_examples=25)
+@given(data=st.data())
+def test_whatever_the_model_chooses_what_is_read_as_a_call_conforms(matcher_of, tool_format, controls, data):
+    matcher = matcher_of(free_call_grammar(tool_format, STRICT_TOOLS, CONTROLS_OF[controls]))
+    tokens: list[int] = []
+    for _ in range(60):
+        allowed = [token for token in allowed_by(matcher) if token != END]
+        if not allowed:
+            break
+        long = [token for token in allowed if token >= 256] or allowed
+        tokens.append(data.draw(st.sampled_from(allowed) | st.sampled_from(long)))
+        assert matcher.consume_token(tokens[-1])
+    text = b"".join(
+        TOKENS[token].removeprefix(b"\xff")
+        for token in tokens
+        if not TOKENS[token].startswith(b"\xff") or TOKENS[token][1:].decode() in tool_format.markers
+    ).decode("utf-8", "replace")  # of control tokens only the format's own are text
+    for name, arguments in parse(tool_format, text)[1]:
+        assert name == "add" or json.loads(arguments) in ({"city": "Bern"}, {"city": "Zürich"})

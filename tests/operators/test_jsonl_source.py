@@ -261,7 +261,6 @@ def test_a_request_that_calls_no_tools(fields):
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: found 'web_search', should be 'function'; missing"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: found 'a b'"),
         ({"tools": [{"type": "function", "function": {"name": "a", "paramters": {}}}]}, "did you mean 'parameters'?"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}, "tools: strict holds for calls"),
         ({"tools": None, "tool_choice": "required"}, "found tool_choice without tools"),
         ({"messages": None, "prompt": "1+1?"}, "found tools without messages"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "missing field 'messages.0.tool_calls.0."),

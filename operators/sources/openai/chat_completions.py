@@ -140,7 +140,7 @@ class ChatChunks(ChunkWriter):
 
     def __init__(self, call: Call, request: Request, include_usage: bool) -> None:
         super().__init__(call, "chat.completion.chunk", request, include_usage)
-        self._begins: dict[int, bytes] = {}  # of chunks of text, for each choice that has begun
+        self._begins: list[bytes] = []  # of chunks of text, for each choice that has begun
         self._end = b'},"logprobs":null,"finish_reason":null}' + self._tail
         self._calls: dict[int, int] = {}  # how many each choice has made
 
@@ -173,10 +173,10 @@ class ChatChunks(ChunkWriter):
         return b"".join(parts)
 
     def _role(self, choice: int) -> list[bytes]:
-        if choice in self._begins:
-            return []
-        self._begins[choice] = b'%b{"index":%d,"delta":{"content":' % (self._head, choice)
-        return [self._chunk(choice, b'{"role":"assistant","content":""}', b"null", b"null")]
+        """A choice begins after those before it: the client's helper for streams wants the first one first."""
+        begun = range(len(self._begins), choice + 1)
+        self._begins += [b'%b{"index":%d,"delta":{"content":' % (self._head, index) for index in begun]
+        return [self._chunk(index, b'{"role":"assistant","content":""}', b"null", b"null") for index in begun]
 
     def _chunk(self, choice: int, delta: bytes, logprobs: bytes, reason: bytes) -> bytes:
         form = b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}%b'

@@ -57,7 +57,7 @@ def failure_of(record: Completion | DeadLetter | None, outcome: Outcome) -> HTTP
         return HTTPError(503, "the server is shutting down and has cancelled the request", "cancelled")
     if record is not None:
         if record.blames_request:
-            return HTTPError(400, record.error, "invalid_request")
+            return HTTPError(400, record.error, "invalid_request", record.param)
         return HTTPError(500, record.error, "failed")
     if outcome is Outcome.DONE:
         return HTTPError(400, "a stage of the pipeline has left the request out", "filtered")

@@ -188,7 +188,7 @@ def tiny_server():
 
 @pytest.fixture(scope="module")
 def serve_tools(checkpoint_folder, tmp_path_factory):
-    """As `serve`, on `random`, a model with random weights whose template knows tools."""
+    """As `serve`, on `random`, a model with random weights whose template knows tools. Token 2 begins a call."""
     folder = tmp_path_factory.mktemp("tools") / "model"
     shutil.copytree(checkpoint_folder("qwen3"), folder)
     for name, changes in (
@@ -197,6 +197,9 @@ def serve_tools(checkpoint_folder, tmp_path_factory):
     ):
         file = folder / name
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text().replace("<|user|>", "<tool_call>"))
+    next(token for token in tokenizer["added_tokens"] if token["id"] == 2)["special"] = False  # as Qwen's is none
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     own = [f"model={folder}", "operators.source.model_name=random", "engine.kv_cache.max_tokens=4096"]
     return lambda *settings: serving(*own, "engine.backend.backend_type=cpu", *settings)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Literal
 
 import openai
@@ -74,7 +73,8 @@ def test_calls_that_the_model_decides_on(serve_tools):
     """A model that can only write one text, as the pipeline's guide has it: words, a call, and another."""
     calls = [json.dumps({"name": "weather", "arguments": {"city": city}}) for city in ("Bern", "Rom")]
     text = "I see." + "".join(f"\n<tool_call>\n{call}\n</tool_call>" for call in calls)
-    setting = f"operators.guide.guided_regex={json.dumps(re.escape(text))}"
+    parts = " <[2]> ".join(json.dumps(part) for part in text.split("<tool_call>"))
+    setting = f"operators.guide.guided_grammar={json.dumps(f'start: {parts}')}"
     with serve_tools(setting) as server, openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
         asked = {"model": "random", **ASK, "tools": TOOLS}
         (choice,) = client.chat.completions.create(**asked).choices
@@ -98,13 +98,51 @@ def test_calls_that_the_model_decides_on(serve_tools):
                 assert [json.loads(call.arguments)["city"] for call in response.output[1:]] == cities
 
 
-def test_calls_of_a_pydantic_function(client):
-    class Weather(BaseModel):
-        city: Literal["Bern", "Rom"]
+class Weather(BaseModel):
+    city: Literal["Bern", "Rom"]
 
-    tools = [openai.pydantic_function_tool(Weather)]
-    answer = client.chat.completions.parse(model="random", **{**ONE, "tools": tools}, tool_choice="required")
-    assert isinstance(answer.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+
+STRICT = {**ONE, "tools": [openai.pydantic_function_tool(Weather)]}  # which are strict
+BEGIN_A_CALL = {"2": 100}  # as logit_bias: what the model would begin with
+
+
+@pytest.mark.parametrize(
+    "options", [{"tool_choice": "required"}, {"logit_bias": BEGIN_A_CALL}, {"logit_bias": BEGIN_A_CALL, "n": 2}]
+)
+def test_calls_of_a_pydantic_function(client, options):
+    """Forced, or begun by the model itself: the arguments conform."""
+    answer = client.chat.completions.parse(model="random", **STRICT, **options)
+    for choice in answer.choices:
+        assert isinstance(choice.message.tool_calls[0].function.parsed_arguments, Weather)
+        assert choice.finish_reason == "tool_calls"
+    with client.chat.completions.stream(model="random", **STRICT, **options) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert isinstance(message.tool_calls[0].function.parsed_arguments, Weather)
+
+
+def test_a_response_with_a_pydantic_function(client):
+    asked = {"model": "random", "input": "Rain?", "tools": STRICT["tools"], "parallel_tool_calls": False}
+    (item,) = client.responses.parse(**asked, extra_body={"logit_bias": BEGIN_A_CALL}).output
+    assert isinstance(item.parsed_arguments, Weather)
+
+
+def test_strict_tools_that_the_model_does_not_call(client):
+    """An answer is what it would be without `strict`."""
+    loose = {"type": "function", "function": {**STRICT["tools"][0]["function"], "strict": False}}
+    never = {"temperature": 0, "logit_bias": {"2": -100}, "max_tokens": 30}
+    strict, free = (
+        client.chat.completions.create(model="random", **{**STRICT, "tools": [tool], **never}).choices[0].message
+        for tool in (STRICT["tools"][0], loose)
+    )
+    assert (strict.content, strict.tool_calls) == (free.content, None)
+
+
+def test_a_strict_function_whose_schema_cannot_be_kept_is_refused(client):
+    wrong = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": wrong, "strict": True}}
+    with pytest.raises(openai.BadRequestError, match="^.*tools: ") as caught:
+        client.chat.completions.create(model="random", **{**ASK, "tools": [tool]})
+    assert caught.value.param == "tools"
 
 
 def test_an_answer_parsed_into_a_model(client):
