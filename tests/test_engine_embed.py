@@ -35,7 +35,7 @@ def expected(folder):
     return embed
 
 
-@pytest.fixture(scope="module", params=[{}, {"mode": "time_share"}, {"mode": "strict"}, {"isolation": "process"},
+@pytest.fixture(scope="module", params=[{}, {"mode": "time_share"}, {"mode": "strict"},
                                         {"mode": "strict", "isolation": "process"}], ids=str)  # fmt: skip
 def engine(folder, request):
     config = SageLLMConfig(

@@ -8,8 +8,6 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 import sageLLM
 
 ROOT = Path(sageLLM.__file__).parent
@@ -77,26 +75,28 @@ def test_every_top_level_name_has_a_floor() -> None:
     assert names - {"pipelines", "__main__"} <= set(FLOOR_OF)
 
 
-@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_downward(path: Path) -> None:
-    here = module_of(path)[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in imports_of(tree):
-        where = f"{path.relative_to(ROOT)}:{node.lineno}"
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            assert (node.module or "").split(".")[0] != "sageLLM", f"{where}: write a relative import"
-        if isinstance(node, ast.Import):
-            assert all(alias.name.split(".")[0] != "sageLLM" for alias in node.names), (
-                f"{where}: write a relative import"
-            )
-        for target in targets(node, path):
-            there = target[0]
-            if there == here or there not in FLOOR_OF:
-                continue
-            allowed = FLOOR_OF[there] < FLOOR_OF[here] or (here, there) in SIDEWAYS
-            assert allowed, f"{where}: {here} (floor {FLOOR_OF[here]}) imports {there} (floor {FLOOR_OF[there]})"
-            if here == "graph":
-                assert there in GRAPH_MAY_IMPORT, f"{where}: graph imports only errors, config and records, not {there}"
+def test_imports_point_downward() -> None:
+    for path in package_files():
+        here = module_of(path)[0]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in imports_of(tree):
+            where = f"{path.relative_to(ROOT)}:{node.lineno}"
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert (node.module or "").split(".")[0] != "sageLLM", f"{where}: write a relative import"
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] != "sageLLM" for alias in node.names), (
+                    f"{where}: write a relative import"
+                )
+            for target in targets(node, path):
+                there = target[0]
+                if there == here or there not in FLOOR_OF:
+                    continue
+                allowed = FLOOR_OF[there] < FLOOR_OF[here] or (here, there) in SIDEWAYS
+                assert allowed, f"{where}: {here} (floor {FLOOR_OF[here]}) imports {there} (floor {FLOOR_OF[there]})"
+                if here == "graph":
+                    assert there in GRAPH_MAY_IMPORT, (
+                        f"{where}: graph imports only errors, config and records, not {there}"
+                    )
 
 
 def light_files() -> list[Path]:
@@ -104,14 +104,14 @@ def light_files() -> list[Path]:
     return [path for path, module in names.items() if any(f"{module}.".startswith(f"{n}.") for n in WITHOUT_TORCH)]
 
 
-@pytest.mark.parametrize("path", light_files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_light_modules_do_not_import_torch_when_loaded(path: Path) -> None:
-    for node in imports_of(ast.parse(path.read_text(encoding="utf-8")), functions=False):
-        where = f"{path.relative_to(ROOT)}:{node.lineno}"
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-        assert all(name.split(".")[0] != "torch" for name in names), f"{where}: import torch where it is used"
+def test_light_modules_do_not_import_torch_when_loaded() -> None:
+    for path in light_files():
+        for node in imports_of(ast.parse(path.read_text(encoding="utf-8")), functions=False):
+            where = f"{path.relative_to(ROOT)}:{node.lineno}"
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            assert all(name.split(".")[0] != "torch" for name in names), f"{where}: import torch where it is used"
 
 
 def test_loading_all_light_modules_does_not_load_torch() -> None:

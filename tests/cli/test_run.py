@@ -11,6 +11,9 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
+
+from sageLLM.cli.main import cli
 
 FILES = """\
 name: answers
@@ -140,12 +143,13 @@ def test_set_changes_vars_and_keys(shell):
         (["answers.yaml", "--set", "input=absent.jsonl"], "absent.jsonl"),
     ],
 )
-def test_a_wrong_pipeline_is_78(shell, arguments, said):
+def test_a_wrong_pipeline_is_78(shell, monkeypatch, arguments, said):
     shell.write(1)
-    code, stdout, stderr = shell.run(*arguments)
-    assert (code, stdout) == (78, "")
-    assert said in stderr
-    assert "Traceback" not in stderr
+    monkeypatch.chdir(shell.folder)
+    result = CliRunner().invoke(cli, ["run", *arguments])
+    assert (result.exit_code, result.stdout) == (78, "")
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(

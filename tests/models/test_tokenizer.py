@@ -74,7 +74,7 @@ def test_pushes_and_finish_together_are_decode(name, skip):
     if favourites:
         one = st.sampled_from(favourites) | one
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(st.lists(st.lists(one, max_size=4), max_size=12))
     def check(pushes):
         decoder = IncrementalDecoder(tokenizer, skip)

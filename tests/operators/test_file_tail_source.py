@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from contextlib import asynccontextmanager
 
 import anyio
@@ -239,6 +240,7 @@ def test_with_jsonl_sink_exactly_once_across_kill_9(log, tmp_path):
         goal = seed.randint(1, 149) + 150 * turn if turn < 3 else written - 1
         while len(answered()) < goal:
             assert process.poll() is None
+            time.sleep(0.005)
         if turn < 3:
             process.kill()
         else:

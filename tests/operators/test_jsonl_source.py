@@ -388,7 +388,7 @@ JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dict
 
 
 @given(JSON)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_json_is_a_request_or_a_request_error(value):
     try:
         parse_request(json.dumps(value).encode("utf-8", "surrogatepass"), "line-1")

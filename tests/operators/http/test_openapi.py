@@ -46,7 +46,7 @@ def test_the_api_does_what_it_describes(short_server, endpoint, mode):
     if mode is GenerationMode.NEGATIVE and endpoint.body is None:
         pytest.skip("nothing to get wrong")
 
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
+    @settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case):
         base = f"http://127.0.0.1:{short_server.port}"

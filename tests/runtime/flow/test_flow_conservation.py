@@ -136,7 +136,7 @@ def check(lab):
     return counts
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32), interleaving=st.integers(0, 2**32),
     end=st.sampled_from([None, None, "drain", "abort", "cancel"]), after=st.integers(0, 300),

@@ -77,7 +77,7 @@ def test_without_a_cache_or_a_stage_that_commits_nothing_is_pinned(bench):
         b.offer(both)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 @example(seed=1246152)  # preempted, a row goes on beside its own pin's last block
 def test_whoever_is_let_in_is_computed(bench, seed):

@@ -134,7 +134,7 @@ def conforms(value, schema):
 def test_what_ends_by_itself_parses_and_conforms_to_its_schema(bench, request, name):
     guided = request.getfixturevalue(name)
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.lists(st.tuples(SCHEMAS, st.integers(0, 2**32)), min_size=1, max_size=4), st.sampled_from([0, 5]))
     def check(asks, top_k):
         sampling = {"n": 2, "max_new_tokens": 150, "top_k": top_k}

@@ -277,7 +277,7 @@ def test_what_a_step_tells_late_is_not_taken_for_the_slots_next_row(bench, error
     b.check_nothing_leaks()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_mix_ends_without_leaks(bench, null_tokens, data):
     rng = random.Random(data.draw(st.integers(0, 2**32)))
