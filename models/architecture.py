@@ -182,9 +182,7 @@ def _parse_rope(data: dict[str, Any], max_seq_len: int, where: str) -> RopeConfi
     if kind == "default":
         return RopeConfig(theta=theta)
     original = int(
-        data.get("original_max_position_embeddings")
-        or scaling.get("original_max_position_embeddings")
-        or max_seq_len
+        data.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings") or max_seq_len
     )
     factor = scaling.get("factor")
     if factor is None and kind == "yarn":

@@ -9,8 +9,9 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future
 from functools import cached_property
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from threading import BoundedSemaphore, Lock
+from time import thread_time
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -28,8 +29,16 @@ if TYPE_CHECKING:
     from .resolve import ResolvedModel
     from .tokenizer import TextTokenizer
 
+T = TypeVar("T")
+
+MASK_S = 0.2  # of computing, to find which tokens may follow: ordinary grammars take 5 ms
+TOO_SLOW = "it takes too long to find what may follow: write a grammar that is smaller or less ambiguous"
 _MAX_GRAMMARS = 256
 _MAX_SOURCE = 256 * 1024
+_MAX_ITEMS = 25_000  # of the parser for one mask; SQL takes 12000
+_MAX_STATES = 50_000  # of a row's lexer, a kilobyte or two each; 10000 characters of a bounded string take 30000
+_COMPILED_AT_ONCE = 4
+_COMPILE_S = 10.0  # what takes longer is refused, and its thread cannot be ended: it is one of the four until it ends
 _STACK_BYTES = 512 * 1024 * 1024  # llguidance recurses over rules: as deep as such a source can make it
 _MAX_MULTIPLE = 100_000  # so many states has a lexer of its multiples, whatever llguidance's limits: a second
 _MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*-?(\d+)(?:\.(\d+))?(?:[eE]([-+]?\d+))?')
@@ -54,6 +63,7 @@ class GuideCompiler:
         self._load_tokenizer = load_tokenizer
         self._compiled: OrderedDict[Guide, LLMatcher] = OrderedDict()
         self._lock = Lock()
+        self._threads = BoundedSemaphore(_COMPILED_AT_ONCE)
 
     @property
     def vocab_size(self) -> int:
@@ -61,11 +71,12 @@ class GuideCompiler:
         return self._model.vocab_size
 
     def check(self, guide: Guide) -> None:
-        """Compile a guide, unless it is known: takes milliseconds, seconds at the worst.
+        """Compile a guide, unless it is known: takes milliseconds, 20 seconds at the worst.
 
         Raises:
-            RequestError: the grammar is wrong, too large, or allows no output that has a token; or the model chooses
-                no tokens, or has a tokenizer whose tokens are not known as bytes.
+            RequestError: the grammar is wrong, too large, too ambiguous, takes longer than 10 s to compile, or allows
+                no output that has a token; or the model chooses no tokens, or has a tokenizer whose tokens are not
+                known as bytes.
         """
         self.new_matcher(guide)
 
@@ -85,24 +96,44 @@ class GuideCompiler:
                 self._compiled.move_to_end(guide)
                 return known.deep_copy()
         _check_size(guide)
-        matcher = _run_on_deep_stack(lambda: self._compile(guide))
+        matcher = self._compile_in_time(guide)
         with self._lock:
             self._compiled[guide] = matcher
             while len(self._compiled) > _MAX_GRAMMARS:
                 self._compiled.popitem(last=False)
             return matcher.deep_copy()
 
+    def _compile_in_time(self, guide: Guide) -> LLMatcher:
+        _ = self.tokenizer  # the first time it takes seconds, which are no grammar's fault
+        if not self._threads.acquire(timeout=_COMPILE_S):
+            raise _refusal(
+                guide,
+                f"it cannot be compiled now: {_COMPILED_AT_ONCE} grammars are under way that each take longer than "
+                f"{_COMPILE_S:g} s: ask again later",
+            )
+        compiling = run_apart(lambda: self._compile(guide))
+        compiling.add_done_callback(lambda _: self._threads.release())
+        try:
+            return compiling.result(_COMPILE_S)
+        except TimeoutError:
+            raise _refusal(
+                guide, f"it takes longer than {_COMPILE_S:g} s to compile: write one smaller or less ambiguous"
+            ) from None
+
     def _compile(self, guide: Guide) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
         from llguidance.numpy import fill_next_token_bitmask
 
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(step_max_items=_MAX_ITEMS, max_lexer_states=_MAX_STATES, verbose_errors=False)
         matcher = LLMatcher(self.tokenizer, _grammar_of(guide), log_level=0, limits=limits)
         bits = np.zeros((1, self.mask_words), np.int32)
+        began = thread_time()
         if not matcher.is_error():
             fill_next_token_bitmask(matcher, bits)
         if matcher.is_error():
             raise _refusal(guide, _explain(guide, matcher))
+        if thread_time() - began > MASK_S:
+            raise _refusal(guide, TOO_SLOW)
         if not (bits[0] & self.text_bits).any():
             found = "nothing but an empty output" if matcher.is_accepting() else "no text that the model has tokens for"
             raise _refusal(guide, f"it allows {found}: write one that allows more")
@@ -186,8 +217,12 @@ def _common_multiple(numbers: list[tuple[str, str, str]]) -> float:
     return math.lcm(*(number * 10 ** (place - last) for number, place in found))
 
 
-def _run_on_deep_stack(compute: Callable[[], LLMatcher]) -> LLMatcher:
-    done: Future[LLMatcher] = Future()
+def run_apart(compute: Callable[[], T]) -> Future[T]:
+    """Begin to compute on a thread of its own, deep enough for llguidance, and which no end of the process waits for.
+
+    What llguidance panics at becomes a RequestError.
+    """
+    done: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -195,7 +230,7 @@ def _run_on_deep_stack(compute: Callable[[], LLMatcher]) -> LLMatcher:
         except Exception as error:
             done.set_exception(error)
         except BaseException as panic:  # of llguidance, which no `except Exception` would stop
-            done.set_exception(RequestError(f"llguidance cannot compile this grammar: {panic}"))
+            done.set_exception(RequestError(f"llguidance cannot compute with this grammar: {panic}"))
 
     thread = threading.Thread(target=run, name="sagellm-grammar", daemon=True)
     with _STACK_LOCK:
@@ -204,7 +239,7 @@ def _run_on_deep_stack(compute: Callable[[], LLMatcher]) -> LLMatcher:
             thread.start()
         finally:
             threading.stack_size(usual)
-    return done.result()
+    return done
 
 
 _STACK_LOCK = Lock()  # the size is the process's

@@ -340,11 +340,13 @@ class PairedLeases:
         for book in self.prefill:
             book.commit([sequence for sequence in sequences if sequence.kv.worker == book.worker])
         for target in self.decode:
-            target.commit_arrived([
-                sequence
-                for sequence in sequences
-                if sequence.kv.handover is not None and sequence.kv.handover.book is target
-            ])
+            target.commit_arrived(
+                [
+                    sequence
+                    for sequence in sequences
+                    if sequence.kv.handover is not None and sequence.kv.handover.book is target
+                ]
+            )
 
     def prefix_computed(self, sequence: Sequence, lease: Lease) -> None:
         """See `LeaseBook.prefix_computed`."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from time import thread_time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ...errors import RequestError
-from ...models.guide_compiler import describe_error
+from ...models.guide_compiler import MASK_S, TOO_SLOW, describe_error, run_apart
 from .token_mask import TokenMask
 
 if TYPE_CHECKING:
@@ -26,10 +27,17 @@ if TYPE_CHECKING:
     from ...records import Guide
 
 
+_STEP_ROW_S = 0.01  # so much longer than a mask may a step take for each row
+_START_S = 2.0  # until rows have been started
+_START_TOKEN_S = 0.01  # more for each output that one starts from
+
+
 @dataclass(slots=True, eq=False)
 class _GuidedRow:
     """A row's matcher, which has consumed all of the row's outputs."""
 
+    guide: Guide
+    outputs: list[int]
     slot: int
     may_end: bool  # by an end-of-sequence token, where the grammar allows an end
     matcher: LLMatcher | None = None
@@ -50,6 +58,8 @@ class GuidedRows:
     """The guided rows of one executor, in their slots; masks have W words.
 
     Its methods are called by one thread. They hand the work to a second one, which does it in order, rows in parallel.
+    No limit of llguidance's bounds the time that an ambiguous grammar takes. So a step whose masks take too long is
+    given up: each of its rows starts again from its outputs, on a thread of its own, and those that are slow end.
     """
 
     def __init__(self, compiler: GuideCompiler, num_slots: int, on_host: bool) -> None:
@@ -62,8 +72,8 @@ class GuidedRows:
 
     def admit(self, slot: int, guide: Guide, may_end: bool, outputs: tuple[int, ...]) -> None:
         """A row enters a slot, or is all that `outputs` tell of it."""
-        row = self._rows[slot] = _GuidedRow(slot, may_end)
-        self._thread.submit(self._start, row, guide, outputs)
+        row = self._rows[slot] = _GuidedRow(guide, [*outputs], slot, may_end)
+        self._thread.submit(self._start, [row])
 
     def release(self, slot: int) -> None:
         """Forget a slot."""
@@ -94,9 +104,7 @@ class GuidedRows:
 
     @cached_property
     def _executor(self) -> LLExecutor:
-        from llguidance import LLExecutor
-
-        return LLExecutor()
+        return _new_executor()
 
     @cached_property
     def _usable(self) -> NDArray[np.int32]:
@@ -110,15 +118,38 @@ class GuidedRows:
             mask.unpack(self._compiler.vocab_size)
         return mask
 
-    def _start(self, row: _GuidedRow, guide: Guide, outputs: tuple[int, ...]) -> None:
-        try:
-            self._bits[row.slot] = -1
-            row.matcher = self._compiler.new_matcher(guide)
-            if not row.matcher.consume_tokens([*outputs]):
-                raise RequestError(describe_error(row.matcher))
-            self._fill([row])
-        except Exception as error:
-            self._fail([row], error)
+    def _start(self, rows: list[_GuidedRow]) -> None:
+        """Each on a thread of its own, from the outputs that it has."""
+        self._bits[[row.slot for row in rows]] = -1
+        begun = {run_apart(partial(self._match, row.guide, (*row.outputs,))): row for row in rows}
+        done, late = wait(begun, _START_S + _START_TOKEN_S * max(len(row.outputs) for row in rows))
+        self._fail([begun[each] for each in late], RequestError(TOO_SLOW))
+        started = []
+        for each in done:
+            row = begun[each]
+            try:
+                row.matcher, self._bits[row.slot], seconds = each.result()
+            except Exception as error:
+                self._fail([row], error)
+                continue
+            if seconds > MASK_S:
+                self._fail([row], RequestError(TOO_SLOW))
+            else:
+                started.append(row)
+        self._judge(started)
+
+    def _match(self, guide: Guide, outputs: tuple[int, ...]) -> tuple[LLMatcher, NDArray[np.int32], float]:
+        """A matcher that has consumed these outputs, what may follow, and the seconds of computing that it took."""
+        from llguidance.numpy import fill_next_token_bitmask
+
+        matcher, bits = self._compiler.new_matcher(guide), np.empty((1, self._compiler.mask_words), np.int32)
+        for token in outputs:
+            self._consume_tokens([(matcher, token)])
+        if matcher.is_error():
+            raise RequestError(describe_error(matcher))
+        began = thread_time()
+        fill_next_token_bitmask(matcher, bits)
+        return matcher, bits[0], thread_time() - began
 
     def _consume(self, chosen: list[tuple[int, _GuidedRow]], read_tokens: Callable[[], list[int]]) -> GuideOutcome:
         going = [(index, row) for index, row in chosen if not row.is_over]
@@ -137,24 +168,40 @@ class GuidedRows:
         for row, index in zip(rows, indices, strict=True):
             row.is_over = row.may_end and tokens[index] in eos
             if not row.is_over:
-                consuming.append((row, tokens[index]))
+                row.outputs.append(tokens[index])
+                consuming.append(row)
         if not consuming:
             return
-        fine = self._executor.consume_token_par([(row.matcher, token) for row, token in consuming if row.matcher])
-        for (row, _), consumed in zip(consuming, fine, strict=True):
-            if not consumed and row.matcher:
-                self._fail([row], RequestError(describe_error(row.matcher)))
-        self._fill([row for row, _ in consuming if not row.is_over])
+        stepping = run_apart(partial(self._step, consuming, self._bits))
+        try:
+            stepping.result(MASK_S + _STEP_ROW_S * len(consuming))
+        except TimeoutError:
+            self._bits, self._executor = self._bits.copy(), _new_executor()  # the old ones are the late step's
+            self._start(consuming)
+        else:
+            self._judge(consuming)
 
-    def _fill(self, rows: list[_GuidedRow]) -> None:
-        """Find what may follow what the rows' matchers have consumed."""
+    def _step(self, rows: list[_GuidedRow], bits: NDArray[np.int32]) -> None:
+        """Consume the last output of each row, and find what may follow."""
         from llguidance.numpy import fill_next_token_bitmask_par
 
+        matchers = [(row.matcher, row.outputs[-1], row.slot) for row in rows if row.matcher is not None]
+        self._consume_tokens([(matcher, token) for matcher, token, _ in matchers])
+        fill_next_token_bitmask_par(self._executor, [(matcher, slot) for matcher, _, slot in matchers], bits)
+
+    def _consume_tokens(self, pairs: list[tuple[LLMatcher, int]]) -> None:
+        """While other Python threads go on, which llguidance lets them only where there are two matchers."""
+        from llguidance import LLMatcher
+
+        if len(pairs) == 1:
+            pairs = [*pairs, (LLMatcher(self._compiler.tokenizer, "", log_level=0), 0)]  # in error: consumes nothing
+        self._executor.consume_token_par(pairs)
+
+    def _judge(self, rows: list[_GuidedRow]) -> None:
+        """Whether the rows' matchers allow what the model can say."""
         if not rows:
             return
         slots = [row.slot for row in rows]
-        matchers = [(row.matcher, row.slot) for row in rows if row.matcher is not None]
-        fill_next_token_bitmask_par(self._executor, matchers, self._bits)
         bits = self._bits[slots] & self._usable[[int(row.may_end) for row in rows]]
         self._bits[slots] = bits
         goes_on = (bits & self._usable[0]).any(axis=1).tolist()
@@ -174,6 +221,12 @@ class GuidedRows:
             said = f"{error}" if isinstance(error, RequestError) else f"{type(error).__name__}: {error}"
             row.error, row.is_over = f"the output cannot be guided any further: {said}", True
             self._bits[row.slot] = -1
+
+
+def _new_executor() -> LLExecutor:
+    from llguidance import LLExecutor
+
+    return LLExecutor()
 
 
 def _copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:

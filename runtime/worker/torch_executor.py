@@ -305,9 +305,7 @@ class TorchExecutor:
         return told
 
 
-def _read(
-    sampled: SampledTokens, told: dict[int, tuple[Tensor, Any]] | None, pooled: dict[int, Tensor]
-) -> StepResult:
+def _read(sampled: SampledTokens, told: dict[int, tuple[Tensor, Any]] | None, pooled: dict[int, Tensor]) -> StepResult:
     return StepResult(
         tokens=sampled.tokens.cpu().numpy(),
         logprobs=None if sampled.logprobs is None else sampled.logprobs.cpu().numpy(),

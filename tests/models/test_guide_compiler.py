@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import threading
 from functools import partial
 
 import numpy as np
@@ -19,6 +21,43 @@ from sageLLM.models.tokenizer import load_tokenizer
 from sageLLM.records import Guide, GuideKind
 
 REGEX, GRAMMAR, SCHEMA = GuideKind.REGEX, GuideKind.GRAMMAR, GuideKind.JSON_SCHEMA
+
+
+SQL = """
+start: select (";" select)*
+select: "SELECT " cols " FROM " NAME (" JOIN " NAME " ON " expr)* (" WHERE " expr)? (" GROUP BY " exprs)?
+cols: "*" | exprs
+exprs: expr (", " expr)*
+expr: all_of (" OR " all_of)*
+all_of: test (" AND " test)*
+test: ("NOT ")? sum ((" = " | " < " | " LIKE ") sum | " IS NULL" | " IN (" (exprs | select) ")")?
+sum: product ((" + " | " - ") product)*
+product: atom ((" * " | " / ") atom)*
+atom: NUM | STR | NAME ("." NAME)? | NAME "(" ("*" | exprs)? ")" | "(" expr ")" | "(" select ")" | "-" atom
+NAME: /[a-zA-Z_][a-zA-Z0-9_]{0,30}/
+NUM: /[0-9]+(\\.[0-9]+)?/
+STR: /'([^'\\n]|'')*'/
+"""
+
+
+def record(fields):
+    return {"type": "object", "properties": fields, "additionalProperties": False}
+
+
+def service(size):
+    """Schemas as an OpenAPI document has them: each with strings, numbers, arrays, and references to others."""
+
+    def fields(at):
+        other = {"$ref": f"#/$defs/model{at * 7 % size}"}
+        kinds = [{"type": "string", "maxLength": 200}, {"type": "number"}, {"type": "array", "items": other}]
+        kinds += [
+            {"anyOf": [other, {"type": "null"}]},
+            {"type": "string", "format": "date-time"},
+            {"enum": ["on", "off"]},
+        ]
+        return {f"field_{at}_{n}": kinds[(at + n) % len(kinds)] for n in range(15)}
+
+    return {"$defs": {f"model{at}": record(fields(at)) for at in range(size)}, "$ref": "#/$defs/model1"}
 
 
 def compiler_of(model_id="builtin:pydoc-tiny", **fields):
@@ -103,6 +142,71 @@ def test_a_wrong_grammar_is_said_in_one_line_with_its_place(compiler, kind, sour
         compiler.check(guide)
     assert str(caught.value) == error
     assert not compiler.knows(guide)
+
+
+REALISTIC = {
+    "300 optional fields": (SCHEMA, json.dumps(record({f"field_{n}": {"type": "string"} for n in range(300)}))),
+    "60 schemas that refer to each other": (SCHEMA, json.dumps(service(60))),
+    "an enum of 1500": (SCHEMA, json.dumps({"enum": [f"code-{n * 7919:x}" for n in range(1500)]})),
+    "a pattern of 2 kB": (
+        REGEX,
+        "|".join(f"(GET|PUT) /v[0-9]+/{n * 7919:x}/[a-z]{{1,16}}\\?id=[0-9]+" for n in range(40)),
+    ),
+    "SQL": (GRAMMAR, SQL),
+    "500 commands": (GRAMMAR, "start: " + "|".join(f'"do{n} " ARG' for n in range(500)) + "\nARG: /[a-z]+/"),
+}
+
+
+@pytest.mark.parametrize("kind_and_source", REALISTIC.values(), ids=REALISTIC)
+def test_what_people_write_is_within_the_limits(compiler, kind_and_source):
+    matcher, chance = compiler.new_matcher(Guide(*kind_and_source)), random.Random(1)
+    bits = np.zeros((1, compiler.mask_words), np.int32)
+    for _ in range(200):
+        fill_next_token_bitmask(matcher, bits)
+        usable = np.flatnonzero(np.unpackbits((bits & compiler.text_bits).view(np.uint8), bitorder="little"))
+        assert not matcher.is_error(), matcher.get_error()
+        if not len(usable) or matcher.is_stopped():
+            break
+        assert matcher.consume_token(int(chance.choice(usable))), matcher.get_error()
+
+
+def test_a_grammar_whose_first_token_takes_too_long_to_find_is_refused(compiler, monkeypatch):
+    monkeypatch.setattr(guide_compiler, "MASK_S", 0.0)
+    with pytest.raises(RequestError, match="guided_regex: it takes too long to find what may follow"):
+        compiler.check(Guide(REGEX, "slow[a-z]*"))
+
+
+def test_a_grammar_that_takes_too_long_to_compile_is_given_up_and_others_are_compiled(monkeypatch):
+    """Its thread goes on, and when four do nothing else is compiled until one of them ends."""
+    compiler, released, ended = compiler_of(), threading.Event(), threading.Semaphore(0)
+    compile_ = compiler._compile
+
+    def compile_slowly(guide):
+        if guide.source.startswith("slow"):
+            released.wait(20)
+            ended.release()
+        return compile_(guide)
+
+    monkeypatch.setattr(compiler, "_compile", compile_slowly)
+    monkeypatch.setattr(guide_compiler, "_COMPILE_S", 0.01)
+    slow = [Guide(REGEX, f"slow{n}") for n in range(4)]
+    for guide in slow[:3]:
+        with pytest.raises(
+            RequestError, match="guided_regex: it takes longer than 0.01 s to compile: write one smaller"
+        ):
+            compiler.check(guide)
+    monkeypatch.setattr(guide_compiler, "_COMPILE_S", 10.0)
+    compiler.check(Guide(REGEX, "quick"))
+    monkeypatch.setattr(guide_compiler, "_COMPILE_S", 0.01)
+    with pytest.raises(RequestError, match="it takes longer"):
+        compiler.check(slow[3])
+    with pytest.raises(RequestError, match="it cannot be compiled now: 4 grammars are under way"):
+        compiler.check(Guide(REGEX, "not now"))
+    released.set()
+    for _ in slow:
+        assert ended.acquire(timeout=20)
+    monkeypatch.setattr(guide_compiler, "_COMPILE_S", 10.0)
+    compiler.check(Guide(REGEX, "not now"))
 
 
 def test_only_so_many_grammars_are_kept_those_that_were_used_last(compiler, monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from functools import partial
+from itertools import count
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from sageLLM.models.resolve import resolve_model
 from sageLLM.models.tokenizer import load_tokenizer
 from sageLLM.models.weights import load_model
 from sageLLM.records import FinishReason, Guide, GuideKind, SamplingParams
+from sageLLM.runtime.worker.guided_rows import GuidedRows
 from sageLLM.runtime.worker.sampling import SamplingState
 from sageLLM.runtime.worker.stop_strings import StopStringMatcher
 from sageLLM.runtime.worker.token_mask import TokenMask
@@ -255,6 +258,60 @@ def test_a_grammar_that_the_executor_cannot_compile_ends_its_row_alone(bench, mo
     bad, fine = model.run(bench, (regex("a("), {}), (regex("[0-9]{6}"), {}))
     assert "the output cannot be guided any further: guided_regex: invalid regex" in bad.error
     assert re.fullmatch("[0-9]{6}", model.text(fine.choices[0]))
+
+
+def test_an_ambiguous_grammar_ends_its_own_request_and_changes_nobody_elses_tokens(bench, model):
+    hostile = lark('start: "x" e\ne: "a" | ' + " | ".join(["e e"] * 25))
+    asks = [(None, {"temperature": 0.7, "seed": 9, "max_new_tokens": 40, "eos": ()}), (regex("[0-9]{38}"), {"seed": 2})]
+    alone = model.run(bench, *asks)
+    *others, bad = model.run(bench, *asks, (hostile, {"ignore_eos": True, "eos": ()}))
+    assert bad.error.startswith("the output cannot be guided any further: ")
+    for other, expected in zip(others, alone, strict=True):
+        assert other.error is None
+        assert other.choices[0].output_tokens == expected.choices[0].output_tokens
+
+
+@pytest.fixture
+def hung_step(monkeypatch):
+    """The third step of guided rows does not come back before the test ends."""
+    released, calls, step = threading.Event(), count(), GuidedRows._step
+
+    def hang(rows, *given):
+        if next(calls) == 2:
+            released.wait(60)
+        step(rows, *given)
+
+    monkeypatch.setattr(GuidedRows, "_step", hang)
+    yield
+    released.set()
+
+
+ASKS = [
+    (regex("[0-9]{12}"), {"seed": 1}),
+    (lark("start: PAIR+\nPAIR: /[a-z][0-9]/"), {"seed": 2, "max_new_tokens": 20}),
+]
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_its_rows_go_on_from_their_outputs(bench, model, request):
+    undisturbed = model.run(bench, *ASKS)
+    request.getfixturevalue("hung_step")
+    for sequence, expected in zip(model.run(bench, *ASKS), undisturbed, strict=True):
+        assert sequence.error is None
+        assert sequence.choices[0].output_tokens == expected.choices[0].output_tokens
+
+
+@pytest.mark.usefixtures("hung_step")
+def test_who_made_the_step_slow_ends_then_and_nobody_else(bench, model, monkeypatch):
+    match = GuidedRows._match
+
+    def match_slowly(rows, guide, outputs):
+        matcher, bits, seconds = match(rows, guide, outputs)
+        return matcher, bits, 60.0 if guide == ASKS[1][0] and outputs else seconds
+
+    monkeypatch.setattr(GuidedRows, "_match", match_slowly)
+    fine, slow = model.run(bench, *ASKS)
+    assert slow.error.startswith("the output cannot be guided any further: it takes too long to find what may follow")
+    assert re.fullmatch("[0-9]{12}", model.text(fine.choices[0]))
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "strict"}, {"mode": "time_share"}])
