@@ -143,6 +143,7 @@ class Request:
     pooling: Pooling | None = None
     tools: list[dict[str, Any]] | None = None  # functions that the model may call, in OpenAI's form
     tool_choice: ToolChoice = ToolChoice()
+    template_variables: dict[str, Any] | None = None  # of the chat template, as {"enable_thinking": False}
     tenant: str = ""
     cache_salt: str = ""
     pin: bool = False  # keep its prompt's KV cached until it is unpinned

@@ -35,12 +35,16 @@ class ChatTemplate:
         self.source = source
 
     @cached_property
-    def takes_tools(self) -> bool:
-        """Whether it reads the variable `tools`."""
+    def names(self) -> frozenset[str]:
+        """Of the variables that it reads or sets."""
         from jinja2 import nodes
 
-        names = self._template.environment.parse(self.source).find_all(nodes.Name)
-        return any(name.name in ("tools", "custom_tools") for name in names)
+        return frozenset(name.name for name in self._template.environment.parse(self.source).find_all(nodes.Name))
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it reads the variable `tools`."""
+        return not self.names.isdisjoint(("tools", "custom_tools"))
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt's text.

@@ -138,10 +138,10 @@ class Tokenizer:
         **variables: Any,
     ) -> str:
         """The prompt text of a conversation, as transformers' `apply_chat_template` renders it. Messages, with the
-        calls in them, and tools have OpenAI's form.
+        calls in them, and tools have OpenAI's form; `variables` are further ones of the template's.
 
         Raises:
-            RequestError: the model has no chat template, or the messages or tools do not fit it.
+            RequestError: the model has no chat template, or the messages, tools or variables do not fit it.
             CheckpointError: the template itself is wrong.
         """
         template = self._tool_template if tools else self._chat_template
@@ -149,6 +149,9 @@ class Tokenizer:
             raise RequestError("this model has no chat template: send `prompt` instead of `messages`")
         if tools and not template.takes_tools:
             raise RequestError("this model's chat template takes no tools: leave them out", "tools")
+        if unread := sorted(variables.keys() - template.names):
+            told = f"chat_template_kwargs: this model's chat template does not read {unread[0]!r}: leave it out"
+            raise RequestError(told, "chat_template_kwargs")
         if "tool_calls" not in template.source and any(message.get("tool_calls") for message in messages):
             raise RequestError("this model's chat template knows no tool_calls: leave them out of messages", "messages")
         return template.render(to_template_messages(messages), add_generation_prompt, tools=tools or None, **variables)
@@ -289,8 +292,10 @@ class NullTokenizer:
         """One line `role: content` per message.
 
         Raises:
-            RequestError: a message lacks `role` or `content`, or there are tools or calls of them.
+            RequestError: a message lacks `role` or `content`, or there are tools, calls of them, or variables.
         """
+        if variables:
+            raise RequestError("this model has no chat template: leave this out", "chat_template_kwargs")
         if tools or any(message.get("tool_calls") for message in messages):
             raise RequestError("this model has no chat template that takes tools: leave them out", "tools")
         try:

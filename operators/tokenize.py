@@ -87,9 +87,11 @@ class Tokenize(Operator[OperatorConfig]):
 
     def _render_chat(self, request: Request) -> str:
         assert request.messages is not None
+        variables = request.template_variables or {}
         if not request.tools:
-            return self._tokenizer.render_chat(request.messages)
-        text = self._tokenizer.render_chat(request.messages, tools=[_as_taught(tool) for tool in request.tools])
+            return self._tokenizer.render_chat(request.messages, **variables)
+        tools = [_as_taught(tool) for tool in request.tools]
+        text = self._tokenizer.render_chat(request.messages, tools=tools, **variables)
         self._prepare_calls(request, request.tools)
         return text
 
@@ -155,7 +157,7 @@ class Tokenize(Operator[OperatorConfig]):
 
     def _check_ids(self, ids: list[int]) -> NDArray[np.int32]:
         if len(ids) == 0:
-            raise RequestError("the prompt is empty: send at least one token")
+            raise RequestError("the prompt is empty: send at least one token", "prompt")
         import numpy as np
 
         try:

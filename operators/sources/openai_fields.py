@@ -17,7 +17,7 @@ class Only:
     """Takes null and these values; `True` is not `1`."""
 
     values: tuple[Any, ...]
-    why: str = "it asks for what is not available yet: leave it out"
+    why: str
 
     def check(self, found: Any) -> Any:
         if found is None or any(found == value and type(found) is type(value) for value in self.values):
@@ -33,37 +33,45 @@ class Only:
         return {"enum": [None, *self.values]}
 
 
-def _only(*values: Any) -> Only:
-    return Only(values)
+def only(*values: Any, why: str = "it asks for what is not available yet: leave it out") -> Only:
+    """Null and these values; `why` tells what to write instead of others."""
+    return Only(values, why)
 
 
-Null = Annotated[Any, _only()]
-EmptyList = Annotated[Any, _only([])]
-TextOnly = Annotated[Any, _only(["text"])]
-NoChoice = Annotated[Any, _only("none", "auto")]
-UsualTier = Annotated[Any, _only("auto", "default")]
-Off = Annotated[Any, _only(False)]
-One = Annotated[Any, _only(1)]
+Null = Annotated[Any, only()]
+EmptyList = Annotated[Any, only([])]
+TextOnly = Annotated[Any, only(["text"], why='outputs are text: write ["text"], or leave it out')]
+UsualTier = Annotated[Any, only("auto", "default", why="there is one tier: write auto, or leave it out")]
+UsualVerbosity = Annotated[Any, only("medium", why="say in a message how long an answer shall be, and leave it out")]
+Off = Annotated[Any, only(False)]
+_OldFunctions = Annotated[Any, only([], why="this is OpenAI's old form: write tools")]
+_OldChoice = Annotated[Any, only("none", "auto", why="this is OpenAI's old form: write tools and tool_choice")]
+_NoEcho = Annotated[Any, only(False, why="a prompt is not told again: leave it out; prompt_logprobs are there")]
+_One = Annotated[Any, only(1, why="write n, and choose among the outputs")]
+_NoSuffix = Annotated[Any, only("", why="a text is continued, never filled in: leave it out")]
+_NoEffort = Annotated[Any, only(why="a model's template knows of it: write chat_template_kwargs, or leave it out")]
 
 
 class OpenAIFields(TypedDict, total=False):
-    """The pipeline has one model, keeps no account of users, and writes results where its sinks say."""
+    """The pipeline has one model, keeps no account of users, and writes results where its sinks say. What prompts have
+    in common is cached whatever `prompt_cache_retention` says."""
 
     model: str | None
     user: str | None
     safety_identifier: str | None
     prompt_cache_key: str | None
+    prompt_cache_retention: str | None
     metadata: dict[str, str] | None
     store: bool | None
     service_tier: UsualTier
     modalities: TextOnly
-    functions: EmptyList
-    function_call: NoChoice
-    echo: Off
-    best_of: One
-    suffix: Null
+    functions: _OldFunctions
+    function_call: _OldChoice
+    echo: _NoEcho
+    best_of: _One
+    suffix: _NoSuffix
     audio: Null
     prediction: Null
-    reasoning_effort: Null
-    verbosity: Null
+    reasoning_effort: _NoEffort
+    verbosity: UsualVerbosity
     web_search_options: Null

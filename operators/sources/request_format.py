@@ -7,8 +7,8 @@
 
 A field that is null counts as absent. `max_tokens` and `max_completion_tokens` mean `max_new_tokens`, `id` means
 `request_id`. What an output must conform to is said as in guide_fields.py. With `pooling` the answer is the prompt's
-embedding, and what shapes an output is refused. In a batch line the fields of openai_fields.py are accepted where they
-change nothing.
+embedding, and what shapes an output is refused. In a batch line the fields of openai_fields.py and vllm_fields.py are
+accepted where they change nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from ...errors import RequestError
 from ...records import Pooling, Request, SamplingParams
 from .form_errors import explain
 from .guide_fields import GuideFields, guide_from_fields
-from .openai_fields import Null, Off, OpenAIFields
+from .openai_fields import Null, Off, OpenAIFields, only
 from .tool_fields import CalledTool, ToolFields, tools_from_fields
+from .vllm_fields import VLLMChatFields, VLLMCompletionFields, VLLMFields
 
 if TYPE_CHECKING:
     from ...records import SourcePosition
@@ -42,9 +43,13 @@ Alternatives = Annotated[int, Field(ge=0, le=20)]
 
 
 @with_config(STRICT)
-class TextPart(TypedDict):
-    type: Literal["text"]
-    text: str
+class TextPart(TypedDict, total=False):
+    """What is to be cached needs no hint: all is that prompts have in common."""
+
+    type: Required[Literal["text"]]
+    text: Required[str]
+    cache_control: dict[str, Any] | None
+    prompt_cache_breakpoint: Any
 
 
 @with_config(ConfigDict(extra="allow", strict=True))
@@ -63,7 +68,7 @@ class OutputFields(TypedDict, total=False):
 
     min_tokens: Annotated[int, Field(ge=0)] | None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
-    top_k: Annotated[int, Field(ge=0)] | None
+    top_k: Annotated[int, Field(ge=-1)] | None
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     min_p: Annotated[float, Field(ge=0, le=1)] | None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
@@ -83,6 +88,7 @@ class SamplingFields(OutputFields, total=False):
 
 _SAMPLING = frozenset(SamplingFields.__annotations__)
 _GUIDES = frozenset(GuideFields.__annotations__)
+_OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 _OF_OUTPUTS = _SAMPLING | _GUIDES | {"max_new_tokens", "max_tokens", "max_completion_tokens", "logprobs", "stream"}
 
 
@@ -99,6 +105,7 @@ class ServiceFields(TypedDict, total=False):
 
 class RequestFields(SamplingFields, GuideFields, ToolFields, ServiceFields, total=False):
     messages: Messages | None
+    chat_template_kwargs: dict[str, Any] | None
     prompt_tokens: Tokens | None
     max_new_tokens: Count | None
     max_tokens: Count | None
@@ -118,7 +125,7 @@ class RequestLine(RequestFields, total=False):
 
 
 @with_config(STRICT)
-class BatchBody(RequestFields, OpenAIFields, total=False):
+class BatchBody(RequestFields, OpenAIFields, VLLMFields, total=False):
     """The `body` of a batch line: the request of OpenAI's chat or text completions."""
 
     prompt: str | Tokens | None
@@ -133,10 +140,11 @@ class StreamOptions(TypedDict, total=False):
 
     include_usage: bool | None
     include_obfuscation: Off
+    continuous_usage_stats: Annotated[Any, only(False, why="usage comes once, at the end: write include_usage")]
 
 
 @with_config(STRICT)
-class ChatBody(RequestFields, OpenAIFields, total=False):
+class ChatBody(RequestFields, OpenAIFields, VLLMChatFields, total=False):
     """The body of POST /v1/chat/completions."""
 
     logprobs: bool | None
@@ -145,7 +153,7 @@ class ChatBody(RequestFields, OpenAIFields, total=False):
 
 
 @with_config(STRICT)
-class CompletionBody(RequestFields, OpenAIFields, total=False):
+class CompletionBody(RequestFields, OpenAIFields, VLLMCompletionFields, total=False):
     """The body of POST /v1/completions. A list of prompts gives `n` choices for each of them, in order."""
 
     prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=2048)] | None
@@ -241,7 +249,7 @@ def request_from_body(
             raise RequestError("found prompt and prompt_tokens: write one of them", "prompt")
         body["prompt_tokens"] = body.pop("prompt")
     logprobs, top = body.get("logprobs"), body.get("top_logprobs")
-    if top is not None and logprobs is not True:
+    if top and logprobs is not True:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     if isinstance(logprobs, bool):
         logprobs = (top or 0) if logprobs else None
@@ -258,7 +266,8 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     prompt, messages, tokens = data.get("prompt"), data.get("messages"), data.get("prompt_tokens")
     if (prompt is None) + (messages is None) + (tokens is None) != 2:
         given = [name for name in ("prompt", "messages", "prompt_tokens") if data.get(name) is not None]
-        raise RequestError(f"found {' and '.join(given) or 'no prompt'}: write one of prompt, messages, prompt_tokens")
+        told = f"found {' and '.join(given) or 'no prompt'}: write one of prompt, messages, prompt_tokens"
+        raise RequestError(told, given[0] if given else "prompt")
     sampling = {name: value for name, value in data.items() if name in _SAMPLING and value is not None}
     if "stop" in sampling:
         stop = sampling["stop"]
@@ -284,6 +293,9 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     guide = None if _GUIDES.isdisjoint(data) else guide_from_fields(**{name: data.get(name) for name in _GUIDES})
     if tools and guide is not None:
         raise RequestError(f"found tools and a {guide.kind} to conform to: no output can be both, write one", "tools")
+    variables = data.get("chat_template_kwargs")
+    if variables:
+        _check_variables(variables, messages)
     return Request(
         request_id,
         prompt,
@@ -291,6 +303,7 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         tokens,
         params,
         guide,
+        template_variables=variables,
         stream=bool(data.get("stream")),
         pooling=None if pooling is None else Pooling(pooling),
         tools=tools,
@@ -303,6 +316,14 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
         deadline_ms=data.get("deadline_ms"),
         src=src,
     )
+
+
+def _check_variables(variables: dict[str, Any], messages: list[Any] | None) -> None:
+    field = "chat_template_kwargs"
+    if messages is None:
+        raise RequestError(f"{field} are for chats: write messages, or leave it out", field)
+    if own := sorted(_OWN_VARIABLES.intersection(variables)):
+        raise RequestError(f"{field}: found {own[0]}, which has a field of its own or is fixed: leave it out", field)
 
 
 def _refuse_output(data: dict[str, Any]) -> None:
@@ -326,7 +347,7 @@ def _shared_params(sampling: tuple[tuple[str, Any], ...]) -> SamplingParams:
 def _one_of(data: dict[str, Any], *names: str) -> Any:
     given = [name for name in names if name in data and data[name] is not None]
     if len(given) > 1:
-        raise RequestError(f"found {' and '.join(given)}: they mean the same, write one")
+        raise RequestError(f"found {' and '.join(given)}: they mean the same, write one", given[0])
     return data[given[0]] if given else None
 
 
@@ -345,7 +366,8 @@ def _plain_message(message: dict[str, Any], index: int) -> dict[str, Any]:
     if content is None and not (message["role"] == "assistant" and message.get("tool_calls")):
         raise RequestError(
             f"messages.{index}: a message of {message['role']} has no content: write a text (only an assistant's with "
-            "tool_calls may be without)"
+            "tool_calls may be without)",
+            f"messages.{index}.content",
         )
     if isinstance(content, list):
         message["content"] = "\n".join(part["text"] for part in content)

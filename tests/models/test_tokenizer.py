@@ -282,3 +282,12 @@ def test_real_weights_need_a_tokenizer_and_random_ones_fall_back_to_bytes(checkp
     tokenizer = load_tokenizer(resolve_model(ModelConfig(model_id=str(tmp_path), load_format="dummy")))
     assert isinstance(tokenizer, NullTokenizer)
     assert "UTF-8 bytes" in caplog.text
+
+
+def test_a_template_takes_the_variables_that_it_reads():
+    tokenizer = with_tools("{{ 'Think. ' if enable_thinking is not false }}{{ messages[0].content }}")
+    assert tokenizer.render_chat(MESSAGES[:1]) == f"Think. {MESSAGES[0]['content']}"
+    assert tokenizer.render_chat(MESSAGES[:1], enable_thinking=False) == MESSAGES[0]["content"]
+    for refusing in (tokenizer, NullTokenizer()):
+        with pytest.raises(RequestError, match="leave (it|this) out"):
+            refusing.render_chat(MESSAGES[:1], enable_thinkin=False)

@@ -350,11 +350,13 @@ NO_OPS = {
     "response_format": {"type": "text"}, "metadata": {"run": "7"}, "tools": [], "tool_choice": "auto", "store": True,
     "parallel_tool_calls": False, "functions": [], "echo": False, "best_of": 1, "modalities": ["text"], "user": "u",
     "service_tier": "default", "safety_identifier": "s", "prompt_cache_key": "k", "model": "m", "stream": False,
+    "suffix": "", "verbosity": "medium", "prompt_cache_retention": "24h", "top_logprobs": 0,
+    "skip_special_tokens": True, "use_beam_search": False, "length_penalty": 1.0, "chat_template_kwargs": {},
 }  # fmt: skip
 NULLS = ["stream_options", "suffix", "audio", "prediction", "logit_bias", "stop", "seed", "top_logprobs", *NO_OPS]
 
 
-def test_openai_fields_that_change_nothing_are_accepted():
+def test_foreign_fields_that_change_nothing_are_accepted():
     plain = parse(custom_id="c", body={"prompt": "a"})
     for fields in (NO_OPS, dict.fromkeys(NULLS)):
         request = parse(custom_id="c", body={"prompt": "a", **fields})
@@ -362,20 +364,31 @@ def test_openai_fields_that_change_nothing_are_accepted():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "instead"),
     [
-        ("stream_options", {"include_usage": True}),
-        ("echo", True),
-        ("best_of", 3),
-        ("best_of", True),
-        ("suffix", "end"),
-        ("service_tier", "flex"),
+        ("stream_options", {"include_usage": True}, "leave it out"),
+        ("echo", True, "prompt_logprobs are there"),
+        ("best_of", 3, "write n, and choose"),
+        ("best_of", True, "write n, and choose"),
+        ("suffix", "end", "leave it out"),
+        ("service_tier", "flex", "write auto"),
+        ("functions", [{"name": "f"}], "write tools"),
+        ("reasoning_effort", "low", "write chat_template_kwargs"),
+        ("skip_special_tokens", False, "write true"),
+        ("guided_json", {"type": "object"}, "write response_format"),
     ],
 )
-def test_openai_fields_that_ask_for_something_are_refused(field, value):
+def test_foreign_fields_that_ask_for_something_are_refused(field, value, instead):
     error = refuse(custom_id="c", body={"prompt": "a", field: value})
     assert error.startswith(f"body.{field}: found {value!r}"[:40])
-    assert error.endswith(", but it asks for what is not available yet: leave it out")
+    assert instead in error.partition(", but ")[2]
+
+
+def test_variables_of_the_chat_template():
+    variables = {"enable_thinking": False}
+    assert parse(messages=CHAT, chat_template_kwargs=variables).template_variables == variables
+    assert "are for chats: write messages" in refuse(prompt="a", chat_template_kwargs=variables)
+    assert "found tools, which has a field of its own" in refuse(messages=CHAT, chat_template_kwargs={"tools": []})
 
 
 def test_the_words_body_and_custom_id_in_a_prompt_do_not_make_a_batch_line():

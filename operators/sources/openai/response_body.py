@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from ....errors import RequestError
 from ....records import NO_LIMIT
 from ..guide_fields import Source  # noqa: TC001 - pydantic reads it
-from ..openai_fields import Null, Off, Only, UsualTier
+from ..openai_fields import Null, Off, UsualTier, UsualVerbosity, only
 from ..request_format import STRICT, Alternatives, Count, OutputFields, ServiceFields, Text, request_from_body
 from ..tool_fields import FunctionName  # noqa: TC001 - pydantic reads it
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from ....records import Request
 
 _STATELESS = "nothing is stored here: leave it out, and write in input what the model shall know"
-Unstored = Annotated[Any, Only((False,), why="nothing is stored here: write false, or leave it out")]
-Stateless = Annotated[Any, Only((), why=_STATELESS)]
-Untruncated = Annotated[Any, Only(("disabled",), why="what is too long is refused: write disabled, or leave it out")]
+Unstored = Annotated[Any, only(False, why="nothing is stored here: write false, or leave it out")]
+Stateless = Annotated[Any, only(why=_STATELESS)]
+Untruncated = Annotated[Any, only("disabled", why="what is too long is refused: write disabled, or leave it out")]
 
 
 @with_config(STRICT)
@@ -115,7 +115,7 @@ class TextFormat(TypedDict, total=False):
 @with_config(STRICT)
 class TextConfig(TypedDict, total=False):
     format: TextFormat | None
-    verbosity: Null
+    verbosity: UsualVerbosity
 
 
 @with_config(STRICT)
@@ -131,6 +131,15 @@ class FunctionTool(TypedDict, total=False):
 class FunctionChoice(TypedDict):
     type: Literal["function"]
     name: FunctionName
+
+
+@with_config(STRICT)
+class Reasoning(TypedDict, total=False):
+    """Reasoning is not told apart from the text, and its length is the model's business."""
+
+    effort: Null
+    summary: Null
+    generate_summary: Null
 
 
 @with_config(STRICT)
@@ -151,10 +160,11 @@ class ResponseBody(OutputFields, ServiceFields, total=False):
     text: TextConfig | None
     guided_regex: Source | None
     guided_grammar: Source | None
+    chat_template_kwargs: dict[str, Any] | None
     tools: list[FunctionTool] | None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None
     parallel_tool_calls: bool | None
-    include: list[Literal["message.output_text.logprobs"]] | None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None
     top_logprobs: Alternatives | None
     stream: bool | None
     stream_options: EventOptions | None
@@ -162,6 +172,7 @@ class ResponseBody(OutputFields, ServiceFields, total=False):
     user: str | None
     safety_identifier: str | None
     prompt_cache_key: str | None
+    prompt_cache_retention: str | None
     service_tier: UsualTier
     truncation: Untruncated
     store: Unstored
@@ -169,12 +180,12 @@ class ResponseBody(OutputFields, ServiceFields, total=False):
     conversation: Stateless
     background: Off
     prompt: Null
-    reasoning: Null
+    reasoning: Reasoning | None
     max_tool_calls: Null
 
 
 _SAME = frozenset({*OutputFields.__annotations__, *ServiceFields.__annotations__, "guided_regex", "guided_grammar",
-                   "parallel_tool_calls", "stream"})  # fmt: skip
+                   "chat_template_kwargs", "parallel_tool_calls", "stream"})  # fmt: skip
 
 
 def request_from_response_body(body: dict[str, Any], request_id: str) -> Request:
@@ -192,11 +203,11 @@ def request_from_response_body(body: dict[str, Any], request_id: str) -> Request
     choice = body.get("tool_choice")
     chat["tool_choice"] = _nested(choice) if isinstance(choice, dict) else choice
     chat["response_format"] = _response_format(body)
-    if body.get("include"):
+    if "message.output_text.logprobs" in (body.get("include") or ()):
         if chat["tools"]:
             raise RequestError("include: found logprobs of texts and tools: a call has none, write one", "include")
         chat |= {"logprobs": True, "top_logprobs": body.get("top_logprobs")}
-    elif body.get("top_logprobs") is not None:
+    elif body.get("top_logprobs"):
         raise RequestError('top_logprobs needs include: ["message.output_text.logprobs"]', "top_logprobs")
     return request_from_body(chat, request_id, max_new_tokens=NO_LIMIT)
 
