@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .errors import HTTPError
 
@@ -72,6 +72,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self.logger = _uvicorn_log
         self._on_lost: Callable[[], None] | None = None
+        self._answering: RequestResponseCycle | None = None  # of several requests in a row `cycle` is the last one
         self._read_timer: Any = None
         self._head_bytes = 0
         self._in_body = False  # or in none, at the end of the head
@@ -108,7 +109,7 @@ class Connection(HttpToolsProtocol):
     def cut(self, reason: str) -> None:
         """Close it at once; what has been written and not read is lost."""
         log.info("connection of %s cut: %s", self.client, reason)
-        self.cycle.disconnected = True
+        self._tell_lost()
         self.transport.abort()
 
     # -- asyncio's protocol ------------------------------------------------------------------------------------------
@@ -122,11 +123,20 @@ class Connection(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._tell_lost()
         super().connection_lost(exc)
         self._stop_timer()
         if self._on_lost is not None:
             self._on_lost()
         self.config.on_lost()
+
+    def _tell_lost(self) -> None:
+        if self._answering is not None:
+            self._answering.disconnected = True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         if not self._in_body:

@@ -242,6 +242,15 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody_up(quick):
     is_fine(quick)
 
 
+def test_who_leaves_with_half_a_request_behind_one_that_is_answered_is_no_error_of_the_servers(quick, caplog):
+    with quick.connect() as connection:
+        connection.sendall(head(length=len(ENDLESS)) + ENDLESS + GOOD[:-10])
+        read_until(connection, b"data: ")
+    quick.until(lambda: quick.flow.ledger.counters()["in_flight"] == 0)
+    is_fine(quick)
+    assert not caplog.records
+
+
 def test_one_connection_too_many_is_refused(quick):
     held = [quick.connect() for _ in range(8)]
     try:
