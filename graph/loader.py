@@ -34,7 +34,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read and check a pipeline file. `overrides` are `--set` texts: `input=x.jsonl`, `operators.decode.buffer=64`.
 
-    The built-in operators must be registered (`import sageLLM.operators`). Relative paths in the file start at the
+    The built-in operators must be known (`import sageLLM.operators`). Relative paths in the file start at the
     current directory.
 
     Raises:

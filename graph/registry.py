@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError, SageLLMError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from .operator_spec import OperatorSpec
 
 ENTRY_POINT_GROUP = "sagellm.operators"
 FOR_PROGRAMS = frozenset({"call_source"})  # where SageLLMEngine's requests come in: files hang with it
 
-_SPECS: dict[str, OperatorSpec] = {}
+_SPECS: dict[str, OperatorSpec | str] = {}  # or the module that registers it, which has not been imported
+
+
+def declare(modules: Mapping[str, str]) -> None:
+    """Say which module registers an operator type of which name: it is imported when somebody asks for the type."""
+    for name, module in modules.items():
+        _SPECS.setdefault(name, module)
 
 
 def register(spec: OperatorSpec) -> None:
@@ -24,9 +30,12 @@ def register(spec: OperatorSpec) -> None:
     Raises:
         ConfigError: the name is taken by another class.
     """
-    known = _SPECS.get(spec.name)
-    if known is not None and known.factory.__qualname__ != spec.factory.__qualname__:
-        owner = known.factory.__module__
+    known, owner, is_taken = _SPECS.get(spec.name), "", False
+    if isinstance(known, str):
+        owner, is_taken = known, known != spec.factory.__module__
+    elif known is not None:
+        owner, is_taken = known.factory.__module__, known.factory.__qualname__ != spec.factory.__qualname__
+    if is_taken:
         raise ConfigError(f"operator {spec.name!r} is already registered by {owner}: choose another name")
     _SPECS[spec.name] = spec
 
@@ -77,10 +86,16 @@ def _explain_import(module: str, error: Exception) -> str:
 
 
 def find_spec(name: str) -> OperatorSpec | None:
-    """The operator type of that name, or None."""
-    return _SPECS.get(name)
+    """The operator type of that name, or None. Its module is imported if it has only been declared."""
+    known = _SPECS.get(name)
+    if isinstance(known, str):
+        import_module(known)
+        known = _SPECS[name]
+        assert not isinstance(known, str), f"{known} registers no operator {name!r}"
+    return known
 
 
 def all_specs() -> dict[str, OperatorSpec]:
-    """Every registered operator type that a pipeline file may name, sorted by name."""
-    return {name: spec for name, spec in sorted(_SPECS.items()) if name not in FOR_PROGRAMS}
+    """Every operator type that a pipeline file may name, sorted by name. Imports all that have only been declared."""
+    specs = {name: find_spec(name) for name in sorted(_SPECS)}
+    return {name: spec for name, spec in specs.items() if spec is not None and name not in FOR_PROGRAMS}

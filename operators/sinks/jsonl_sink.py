@@ -7,8 +7,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import anyio.to_thread
-from anyio import from_thread
+import anyio
 from pydantic import Field
 
 from ...errors import ConfigError, OutputLockedError
@@ -124,7 +123,9 @@ edges:
             raise OutputLockedError(
                 f"{path}: another sink or another run writes this file: wait for it, or name another output"
             ) from None
-        finished, self._size = await anyio.to_thread.run_sync(scan_output, self._fd, path, from_thread.check_cancelled)
+        finished, self._size = await anyio.to_thread.run_sync(
+            scan_output, self._fd, path, anyio.from_thread.check_cancelled
+        )
         os.ftruncate(self._fd, self._size)
         if self.config.fsync != "never":
             self._sync_folder()

@@ -9,7 +9,6 @@ import stat
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import anyio
-import anyio.to_thread
 from pydantic import Field
 
 from ...errors import ConfigError

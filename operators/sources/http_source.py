@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.lowlevel
 
 from ...errors import ConfigError
 from ...runtime.flow.operator import Operator, Port, RecordKind, operator

@@ -6,8 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Annotated, Any
 
-import anyio.to_thread
-from anyio import from_thread
+import anyio
 from pydantic import Field
 
 from ...errors import ConfigError, SourceChangedError
@@ -92,7 +91,7 @@ edges:
                 raise ConfigError(f"{path}: is not a regular file; feed a pipe or a terminal through stdin_source")
             self.size_bytes = self._begun.st_size
             self._fingerprint = await anyio.to_thread.run_sync(
-                fingerprint_file, self._fd, self.size_bytes, from_thread.check_cancelled
+                fingerprint_file, self._fd, self.size_bytes, anyio.from_thread.check_cancelled
             )
             self._finished = self._find_finished()
         except BaseException:

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from ...errors import RequestError
 from ...records import DeadLetter, Request, SourcePosition
-from .request_format import parse_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ...runtime.flow.operator import Outlet
     from .lines import Line
-
 
 
 class LineLimits(Protocol):
@@ -32,6 +30,8 @@ def read_requests(
     lines: Iterable[Line], file: str, fingerprint: str, max_line_bytes: int
 ) -> tuple[list[Request], list[DeadLetter]]:
     """Parse lines, blank ones left out. A line that is no request becomes a dead letter with its position."""
+    from .request_format import parse_request  # what only declares the operator does without
+
     requests: list[Request] = []
     letters: list[DeadLetter] = []
     for line in lines:

@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
-import anyio.to_thread
 from pydantic import Field
 
 from ...runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Port, RecordKind, operator

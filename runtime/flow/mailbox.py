@@ -7,7 +7,6 @@ from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import anyio
-import anyio.lowlevel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -24,8 +24,9 @@ def block(text: str, language: str, beginning: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    import sageLLM.operators  # noqa: F401  (registers the built-in operators for good, before the registry is copied)
+    import sageLLM.operators  # noqa: F401
 
+    registry.all_specs()  # registers the built-in operators for good, before the registry is copied
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))

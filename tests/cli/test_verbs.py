@@ -56,8 +56,9 @@ edges: [lines -> nowhere, lines.error -> nowhere]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a pipeline and a module of its own operators, which is the current directory."""
-    import sageLLM.operators  # noqa: F401  (registers the built-in operators for good, before the registry is copied)
+    import sageLLM.operators  # noqa: F401
 
+    registry.all_specs()  # registers the built-in operators for good, before the registry is copied
     (tmp_path / "own_operators.py").write_text(MODULE)
     (tmp_path / "p.yaml").write_text(PIPELINE)
     monkeypatch.chdir(tmp_path)
@@ -226,6 +227,21 @@ def test_verbs_that_declare_load_nothing_heavy(verb: str, folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_only_the_operators_of_a_pipeline_are_loaded() -> None:
+    file = Path(sageLLM.__file__).parent / "pipelines/quickstart.yaml"
+    code = (
+        "import sys\n"
+        "from sageLLM.cli.main import cli\n"
+        f"cli(['validate', {str(file)!r}], standalone_mode=False)\n"
+        "print(*(m for m in sys.modules if 'operators.' in m or m in ('ssl', 'asyncio')), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {module.rpartition(".")[2] for module in done.stderr.split()}
+    assert {"decode", "jsonl_source", "jsonl_sink"} <= loaded
+    unused = {"http_source", "tcp_source", "tcp_sink", "sage_map", "request_format", "ssl", "asyncio"}
+    assert not loaded & unused
 
 
 def test_every_shipped_pipeline_is_valid() -> None:
