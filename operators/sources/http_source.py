@@ -74,11 +74,11 @@ edges:
         self.service = Service(config, self.context.engine, keys)
         limits = Limits(config.max_connections, config.read_timeout_s)
         port = self.context.kept.get("port", config.port)  # a restarted source is found where it was
-        sockets = await bind_tcp(name, config.model_copy(update={"port": port}))
+        scheme = "http" if tls is None else "https"
+        sockets = await bind_tcp(name, config.model_copy(update={"port": port}), scheme)
         self.context.kept["port"] = sockets[0].getsockname()[1]
         self.server = HTTPServer(allow_origins(App(self.service), config.cors_origins), limits, tls)
         await self.server.start(sockets)
-        scheme = "http" if tls is None else "https"
         self.address = tell_address(name, scheme, config, sockets, keys.is_required, tls is not None)
 
     async def disclaim(self) -> None:
@@ -96,7 +96,6 @@ edges:
             self.intake.drain()
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self.server.keep_time)
                 tasks.start_soon(self._keep_alive)
                 await self.intake.run(out)
                 self.server.stop_accepting()

@@ -32,8 +32,9 @@ class ListenConfig(Config):
     port: Annotated[int, Field(ge=0, le=65535)]
 
 
-async def bind_tcp(name: str, config: ListenConfig) -> list[socket.socket]:
-    """Listening sockets, one for each address that the host has, all on one port. `name` is the operator's.
+async def bind_tcp(name: str, config: ListenConfig, scheme: str = "tcp") -> list[socket.socket]:
+    """Listening sockets, one for each address that the host has, all on one port. `name` is the operator's, `scheme`
+    that of its addresses.
 
     Nothing is accepted yet: who connects waits. A port is free again as soon as its process is gone.
 
@@ -60,7 +61,7 @@ async def bind_tcp(name: str, config: ListenConfig) -> list[socket.socket]:
     except OSError as error:
         for bound in sockets:
             bound.close()
-        raise ConfigError(_explain(name, error, f"tcp://{_bracketed(host)}:{port}")) from None
+        raise ConfigError(_explain(name, error, f"{scheme}://{_bracketed(host)}:{port}")) from None
     return sockets
 
 

@@ -29,10 +29,11 @@ class TcpSocketSource(SocketSource[TcpConfigT]):
 
     async def bind(self) -> list[socket.socket]:
         name, config, kept = self.context.name, self.config, self.context.kept
-        sockets = await bind_tcp(name, config.model_copy(update={"port": kept.get("port", config.port)}))
-        kept["port"] = sockets[0].getsockname()[1]
         has_tls = config.tls is not None
-        self.address = tell_address(name, self.schemes[has_tls], config, sockets, self.keys.is_required, has_tls)
+        scheme = self.schemes[has_tls]
+        sockets = await bind_tcp(name, config.model_copy(update={"port": kept.get("port", config.port)}), scheme)
+        kept["port"] = sockets[0].getsockname()[1]
+        self.address = tell_address(name, scheme, config, sockets, self.keys.is_required, has_tls)
         return sockets
 
     def make_tls(self) -> ssl.SSLContext | None:

@@ -80,9 +80,9 @@ class App:
         if methods is None:
             known = ", ".join(sorted(self._paths))
             raise HTTPError(404, f"there is no {call.path!r}: known are {known}", "not_found")
-        endpoint = methods.get(call.method)
+        endpoint = methods.get("GET" if call.method == "HEAD" else call.method)
         if endpoint is None:
-            allowed = ", ".join(methods)
+            allowed = ", ".join("GET, HEAD" if method == "GET" else method for method in methods)
             told = f"{call.path} takes {allowed}, not {call.method}"
             raise HTTPError(405, told, "method_not_allowed", headers=[(b"allow", allowed.encode())])
         return endpoint

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from .errors import HTTPError
+from .http_date import http_date
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, MutableMapping
@@ -109,17 +110,20 @@ class Call:
     async def begin_stream(self) -> None:
         """Send the status and headers of a stream of events, together with the first of them."""
         self.started = True
-        await self._begin(200, [*STREAM_HEADERS, *self._common()])
+        framing = [] if self.connection.begin_stream() else [_CLOSE]
+        await self._begin(200, [*STREAM_HEADERS, *framing, *self._common()])
 
     async def stream(self, data: bytes, more: bool = True) -> None:
         """Send events. Who does not read them within `write_timeout_s` is cut off."""
         if more and not self.connection.is_stalled:
             self.connection.write_chunk(data)
             return
+        self.connection.expect(data)
         await self._write({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self.connection.keep_next_write()
+        if self.method != "HEAD":  # which is answered without a body
+            self.connection.keep_next_write()
         await self._write({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _write(self, message: dict[str, Any]) -> None:
@@ -132,7 +136,7 @@ class Call:
             self.connection.cut("it reads too slowly")
 
     def _common(self) -> tuple[tuple[bytes, bytes], ...]:
-        return ((b"x-request-id", self.request_id.encode("ascii")),)
+        return ((b"x-request-id", self.request_id.encode("ascii")), (b"date", http_date()))
 
 
 _CLOSE = (b"connection", b"close")

@@ -12,6 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .errors import HTTPError
+from .http_date import http_date
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +77,7 @@ class Connection(HttpToolsProtocol):
         self._read_timer: Any = None
         self._head_bytes = 0
         self._in_body = False  # or in none, at the end of the head
+        self._in_chunks = True  # a stream's answer
 
     # -- for the endpoints -------------------------------------------------------------------------------------------
 
@@ -93,12 +95,25 @@ class Connection(HttpToolsProtocol):
         """What is written next goes out with what is written after it: a head with its body."""
         self.transport.keeps = True
 
+    def begin_stream(self) -> bool:
+        """Whether an answer of unknown length comes in chunks. To HTTP/1.0, which knows none, it ends with the
+        connection."""
+        self._in_chunks = self.cycle.scope["http_version"] != "1.0"
+        if not self._in_chunks:
+            self.cycle.chunked_encoding = False
+        return self._in_chunks
+
     def write_chunk(self, data: bytes) -> None:
         """Send a part of a streamed answer that has begun, never waiting: look at `is_stalled` before.
 
         It does what the application's `send` does, which wants a task for every write.
         """
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._in_chunks else data)
+
+    def expect(self, data: bytes) -> None:
+        """The application's `send` is about to be given a part of a streamed answer."""
+        if not self._in_chunks:
+            self.cycle.expected_content_length = len(data)
 
     def on_lost(self, listener: Callable[[], None] | None) -> None:
         """Whom to tell when the client goes away; one at a time, as one request at a time is answered."""
@@ -195,8 +210,9 @@ class Connection(HttpToolsProtocol):
         idle = self.cycle is None or self.cycle.response_complete
         if idle and not self._in_body and not self.transport.is_closing():
             self.transport.write(
-                b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
-                % (error.status, HTTPStatus(error.status).phrase.encode(), len(error.body), error.body)
+                b"HTTP/1.1 %d %b\r\ndate: %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%b"
+                % (error.status, HTTPStatus(error.status).phrase.encode(), http_date(), len(error.body), error.body)
             )
         self.transport.close()
 

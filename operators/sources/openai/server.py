@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import uvicorn
 
 from .connection import Connection, Limits, ServerConfig
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
 _IDLE_TIMEOUT_S = 60
-_TICK_S = 1.0
 
 
 class HTTPServer:
@@ -29,27 +29,30 @@ class HTTPServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            date_header=False,
             proxy_headers=False,
             timeout_keep_alive=_IDLE_TIMEOUT_S,
         )
         config.limits, config.on_lost = limits, lambda: self._lost.set()
         config.load()
         config.ssl = ssl
+        self._config = config
         self._server = uvicorn.Server(config)
         self._lost = anyio.Event()
 
     async def start(self, sockets: list[socket.socket]) -> None:
-        """Accept connections."""
-        server = self._server
-        server.lifespan = server.config.lifespan_class(server.config)
-        await server.startup(sockets)
-        await server.on_tick(0)
+        """Accept connections, on asyncio's event loop. A TLS handshake has as long as a head."""
+        config, state = self._config, self._server.server_state
 
-    async def keep_time(self) -> None:
-        """Keep the Date header right, until cancelled."""
-        while True:
-            await anyio.sleep(_TICK_S)
-            await self._server.on_tick(0)
+        def connect() -> Connection:
+            return Connection(config=config, server_state=state, app_state={})
+
+        loop: Any = anyio.lowlevel.current_token().native_token
+        tls = {} if config.ssl is None else {"ssl_handshake_timeout": config.limits.read_timeout_s}
+        self._server.servers = [
+            await loop.create_server(connect, sock=listening, ssl=config.ssl, backlog=config.backlog, **tls)
+            for listening in sockets
+        ]
 
     def stop_accepting(self) -> None:
         """Close the listening sockets and every connection that is idle; the others end with their answer."""

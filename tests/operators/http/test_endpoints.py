@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+
+from sageLLM.operators.sources.openai import http_date
 
 PROMPT = {"prompt": "hello", "max_tokens": 3}
 
@@ -57,7 +61,14 @@ def test_the_field_that_is_wrong_is_named(null_server):
 
 def test_another_method_is_told_which_are_allowed(null_server):
     assert null_server.exchange("PUT", "/v1/completions")[1]["allow"] == "POST"
-    assert null_server.exchange("POST", "/health", {})[1]["allow"] == "GET"
+    assert null_server.exchange("POST", "/health", {})[1]["allow"] == "GET, HEAD"
+
+
+def test_the_date_is_that_of_the_answer(serve, monkeypatch):
+    with serve(loading=True) as server:  # also before the flow runs
+        for second, date in ((0, "Thu, 01 Jan 1970 00:00:00 GMT"), (90, "Thu, 01 Jan 1970 00:01:30 GMT")):
+            monkeypatch.setattr(http_date, "time", SimpleNamespace(time=lambda now=second: now))
+            assert server.exchange("GET", "/ready")[1].get_all("date") == [date]
 
 
 def test_health_and_readiness(null_server):

@@ -132,7 +132,7 @@ def test_when_the_flow_fails_everybody_is_told(serve):
 
 
 def test_a_second_server_on_the_port_is_one_clear_error(serve, null_server):
-    with pytest.raises(ConfigError, match="is in use"), serve(f"port={null_server.port}"):
+    with pytest.raises(ConfigError, match="http://127.0.0.1:.* is in use"), serve(f"port={null_server.port}"):
         pass
 
 
@@ -176,12 +176,19 @@ def test_who_waits_for_a_slot_sees_signs_of_life(serve, monkeypatch):
     assert lines[-1] == "data: [DONE]"
 
 
+CERTIFICATES = Path(__file__).parents[1] / "net" / "certificates"
+TLS = f"operators.source.tls={{cert: {CERTIFICATES}/server.pem, key: {CERTIFICATES}/server.key}}"
+
+
+def test_a_handshake_has_as_long_as_a_head(serve):
+    with serve(TLS, "operators.source.read_timeout_s=0.1") as server, server.connect() as connection:
+        assert connection.recv(1) == b""
+
+
 def test_over_tls(serve):
-    certificates = Path(__file__).parents[1] / "net" / "certificates"
-    tls = f"operators.source.tls={{cert: {certificates}/server.pem, key: {certificates}/server.key}}"
-    with serve(tls) as server:
+    with serve(TLS) as server:
         assert server.source.address.startswith("https://")
-        context = ssl.create_default_context(cafile=certificates / "ca.pem")
+        context = ssl.create_default_context(cafile=CERTIFICATES / "ca.pem")
         connection = HTTPSConnection("localhost", server.port, timeout=20, context=context)
         connection.request("POST", "/v1/completions", json.dumps(PROMPT), {"content-type": "application/json"})
         assert connection.getresponse().status == 200

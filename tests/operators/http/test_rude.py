@@ -60,6 +60,31 @@ def statuses(answer: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1.1 (\d{3}) ", answer)]
 
 
+def test_a_stream_to_http_1_0_has_no_chunks_and_ends_with_its_connection(tiny_server):
+    """As nginx asks, by default."""
+    body = json.dumps({"prompt": "Return the", "max_tokens": 6, "temperature": 0, "stream": True}).encode()
+    asked = head(b"/v1/completions", len(body), b"x-request-id: a", b"connection: close") + body
+    streams = []
+    for version in (b"1.1", b"1.0"):
+        told, _, events = send(tiny_server, asked.replace(b"HTTP/1.1", b"HTTP/" + version)).partition(b"\r\n\r\n")
+        assert (b"transfer-encoding: chunked" in told) is (version == b"1.1")
+        assert b"connection: close" in told
+        streams.append(b"".join(re.findall(rb'"text":"(.*?)"', events)))
+    assert streams[0] == streams[1] != b""
+    assert re.fullmatch(rb"(data: .*\n\n)+", events)
+    assert events.endswith(b"data: [DONE]\n\n")
+
+
+def test_a_head_is_answered_with_a_head(null_server):
+    with null_server.connect() as connection:
+        connection.sendall(HEALTH.replace(b"GET", b"HEAD"))
+        assert read_until(connection, b"\r\n\r\n").endswith(b"\r\n\r\n")
+        connection.sendall(head(method=b"HEAD"))
+        assert statuses(read_until(connection, b"\r\n\r\n")) == [405]
+        connection.sendall(HEALTH)
+        assert read_until(connection, b"}").endswith(b'{"status":"alive"}')
+
+
 def is_fine(server):
     assert server.post("/v1/completions", prompt="hello", max_tokens=3)[0] == 200
     server.until(lambda: server.flow.ledger.counters()["in_flight"] == 0)
