@@ -419,7 +419,7 @@ def test_once_a_call_begins_it_is_one(accepts):
 
 @pytest.mark.parametrize("controls", CONTROLS_OF)
 @pytest.mark.parametrize("tool_format", FORMATS, ids=lambda each: each.name)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(data=st.data())
 def test_whatever_the_model_chooses_what_is_read_as_a_call_conforms(matcher_of, tool_format, controls, data):
     matcher = matcher_of(free_call_grammar(tool_format, STRICT_TOOLS, CONTROLS_OF[controls]))

@@ -216,7 +216,7 @@ def test_killed_again_and_again_everybody_gets_one_end(null_tokens):
 
         def kill():
             workers = [*zip(engine._services.worker.workers, engine._services.executors, strict=True)]
-            while len(deaths) < 3 and not stopped.wait(chance.uniform(0.02, 0.1)):
+            while len(deaths) < 2 and not stopped.wait(chance.uniform(0.02, 0.1)):
                 worker, process = chance.choice(workers)
                 child, steps = process._child, worker.steps
                 if child is not None and not child.has_ended:
