@@ -259,13 +259,23 @@ def _grammar_of(guide: Guide) -> str:
         return LLMatcher.grammar_from_regex(guide.source)
     if guide.kind in (GuideKind.GRAMMAR, GuideKind.TOOL_CALL):
         return LLMatcher.grammar_from_lark(guide.source)
-    schema = json.loads(guide.source) if guide.kind is GuideKind.JSON_SCHEMA else {"type": "object"}
+    schema = _schema_of(guide)
     try:
         if "x-guidance" in schema:  # llguidance's own options, whitespace among them
             return LLMatcher.grammar_from_json_schema(schema)
         return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
     except ValueError as error:
         raise _refusal(guide, str(error)) from error
+
+
+def json_rule(guide: Guide) -> str:
+    """What stands in a Lark grammar for the JSON that a guide asks for."""
+    return f"%json {json.dumps({'x-guidance': {'whitespace_pattern': _WHITESPACE}} | _schema_of(guide))}"
+
+
+def _schema_of(guide: Guide) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "object"}
+    return json.loads(guide.source) if guide.kind is GuideKind.JSON_SCHEMA else schema
 
 
 def _checkpoint_tokens(source: str, vocab_size: int, model: ResolvedModel) -> LLTokenizer:

@@ -9,7 +9,8 @@ import anyio
 
 from ..config import InferenceMode
 from ..errors import RequestError
-from ..models.tool_calls import forced_call_grammar, free_call_grammar
+from ..models.guide_compiler import json_rule
+from ..models.tool_calls import answer_or_call_grammar, forced_call_grammar, free_call_grammar
 from ..records import DeadLetter, Guide, GuideKind, Pooling, Request, SamplingParams, Sequence
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
 from ..runtime.worker.sampling_checks import check_sampling
@@ -100,9 +101,17 @@ class Tokenize(Operator[OperatorConfig]):
         tool_format = self._tokenizer.tool_format
         if tool_format is None:
             raise RequestError("this model's chat template has calls written in a form that is not known here", "tools")
-        choice, control_ids = request.tool_choice, self._tokenizer.control_ids
+        choice, control_ids, guide = request.tool_choice, self._tokenizer.control_ids, request.guide
+        if guide is not None and guide.kind is GuideKind.TOOL_CALL:  # a request that has been here before
+            return
         if choice.required:
             grammar = forced_call_grammar(tool_format, tools, control_ids, choice.name, choice.parallel)
+        elif guide is not None:
+            if tool_format.bare:
+                told = "found tools and response_format, but this model's calls are JSON as its answers are: write one"
+                raise RequestError(told, "response_format")
+            answer = json_rule(guide)
+            grammar = answer_or_call_grammar(tool_format, tools, control_ids, answer, choice.parallel)
         elif any(tool["function"].get("strict") for tool in tools):
             grammar = free_call_grammar(tool_format, tools, control_ids, choice.parallel)
         else:

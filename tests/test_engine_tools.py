@@ -109,6 +109,27 @@ def test_once_the_model_begins_a_call_its_arguments_conform(engine, parallel):
         assert (len(output.tool_calls), output.finish_reason) == (1, "stop")
 
 
+def test_an_answer_of_a_form_or_a_call(engine):
+    """The model decides between both with its first token."""
+    tool_format = engine.services.tokenizer.tool_format
+    schema = {"type": "object", "properties": {"rain": {"type": "boolean"}}, "required": ["rain"],
+              "additionalProperties": False}  # fmt: skip
+    wanted = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}, "tools": strict(TOOLS)}
+    token = engine.services.tokenizer.control_ids[OPENINGS[tool_format.name]]
+    if tool_format.bare:
+        with pytest.raises(RequestError, match="calls are JSON as its answers are: write one"):
+            engine.generate(ask(**wanted))
+        return
+    answered, called = (engine.generate(ask(**wanted, logit_bias={token: bias})) for bias in (-100.0, 100.0))
+    assert answered.tool_calls == []
+    assert json.loads(answered.text)["rain"] in (True, False)
+    assert called.text == ""
+    assert called.tool_calls
+    assert all(map(arguments_fit, called.tool_calls))
+    forced = engine.generate(ask(**wanted, tool_choice="required", parallel_tool_calls=False))
+    assert (forced.text, len(forced.tool_calls)) == ("", 1)
+
+
 def test_tools_that_cannot_be_used(engine):
     with pytest.raises(RequestError, match="found tools and a regex to conform to"):
         engine.generate(ask(guided_regex="a"))

@@ -71,9 +71,25 @@ def free_call_grammar(
         *([f"blanks: {'(BLANK? control)*' if others else ''}"] if tool_format.bare else []),
         *_rules_of_calls(tool_format, functions, control_ids, parallel),
     ]
-    for index, function in enumerate(functions):
-        rules.append(_rule_of_arguments(index, function if function.get("strict") else {"parameters": _ANY_OBJECT}))
-    return "\n".join(rules)
+    return "\n".join([*rules, *_rules_of_strict_arguments(functions)])
+
+
+def answer_or_call_grammar(
+    tool_format: ToolFormat,
+    tools: list[dict[str, Any]],
+    control_ids: Mapping[str, int],
+    answer: str,
+    parallel: bool = True,
+) -> str:
+    """The same of an output that is calls, as `free_call_grammar` has them, or an answer: `answer` is its Lark rule.
+
+    Not for a format that is `bare`, whose calls and JSON begin alike.
+    """
+    functions = [tool["function"] for tool in tools]
+    opening = _marker(tool_format.opening, control_ids)
+    rules = [f"start: answer | {opening} calls", f"answer: {answer}"]
+    rules += _rules_of_calls(tool_format, functions, control_ids, parallel)
+    return "\n".join([*rules, *_rules_of_strict_arguments(functions)])
 
 
 def _rules_of_calls(
@@ -96,6 +112,13 @@ def _rules_of_calls(
         key = json.dumps(f', "{tool_format.arguments_key}": ')
         rules.append(f'rest_{index}: {key} arguments_{index} "}}"')
     return rules
+
+
+def _rules_of_strict_arguments(functions: list[dict[str, Any]]) -> list[str]:
+    return [
+        _rule_of_arguments(index, function if function.get("strict") else {"parameters": _ANY_OBJECT})
+        for index, function in enumerate(functions)
+    ]
 
 
 def _rule_of_arguments(index: int, function: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from typing_extensions import TypedDict
 
 from ...errors import RequestError
-from ...records import Pooling, Request, SamplingParams
+from ...records import GuideKind, Pooling, Request, SamplingParams
 from .form_errors import explain
 from .guide_fields import GuideFields, guide_from_fields
 from .openai_fields import Null, Off, OpenAIFields, only
@@ -291,8 +291,9 @@ def _build(data: dict[str, Any], request_id: str, logprobs: int | None, src: Sou
     if tools and messages is None:
         raise RequestError("found tools without messages: tools are for chats, write messages", "tools")
     guide = None if _GUIDES.isdisjoint(data) else guide_from_fields(**{name: data.get(name) for name in _GUIDES})
-    if tools and guide is not None:
-        raise RequestError(f"found tools and a {guide.kind} to conform to: no output can be both, write one", "tools")
+    if tools and guide is not None and guide.kind in (GuideKind.REGEX, GuideKind.GRAMMAR):
+        told = f"found tools and a {guide.kind} to conform to: write one, or a response_format"
+        raise RequestError(told, "tools")
     variables = data.get("chat_template_kwargs")
     if variables:
         _check_variables(variables, messages)

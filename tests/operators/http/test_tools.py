@@ -126,6 +126,18 @@ def test_a_response_with_a_pydantic_function(client):
     assert isinstance(item.parsed_arguments, Weather)
 
 
+def test_a_pydantic_function_or_an_answer_that_is_parsed(client):
+    class Place(BaseModel):
+        wet: bool
+
+    asked = {**STRICT, "response_format": Place}
+    called = client.chat.completions.parse(model="random", **asked, logit_bias=BEGIN_A_CALL).choices[0].message
+    assert isinstance(called.tool_calls[0].function.parsed_arguments, Weather)
+    said = client.chat.completions.parse(model="random", **asked, logit_bias={"2": -100}).choices[0].message
+    assert isinstance(said.parsed, Place)
+    assert not said.tool_calls
+
+
 def test_strict_tools_that_the_model_does_not_call(client):
     """An answer is what it would be without `strict`."""
     loose = {"type": "function", "function": {**STRICT["tools"][0]["function"], "strict": False}}
