@@ -143,8 +143,9 @@ class GuidedRows:
         from llguidance.numpy import fill_next_token_bitmask
 
         matcher, bits = self._compiler.new_matcher(guide), np.empty((1, self._compiler.mask_words), np.int32)
+        executor = _new_executor(1)  # where a slow row takes no other's threads
         for token in outputs:
-            self._consume_tokens([(matcher, token)])
+            self._consume_tokens(executor, [(matcher, token)])
         if matcher.is_error():
             raise RequestError(describe_error(matcher))
         began = thread_time()
@@ -186,16 +187,17 @@ class GuidedRows:
         from llguidance.numpy import fill_next_token_bitmask_par
 
         matchers = [(row.matcher, row.outputs[-1], row.slot) for row in rows if row.matcher is not None]
-        self._consume_tokens([(matcher, token) for matcher, token, _ in matchers])
-        fill_next_token_bitmask_par(self._executor, [(matcher, slot) for matcher, _, slot in matchers], bits)
+        executor = self._executor
+        self._consume_tokens(executor, [(matcher, token) for matcher, token, _ in matchers])
+        fill_next_token_bitmask_par(executor, [(matcher, slot) for matcher, _, slot in matchers], bits)
 
-    def _consume_tokens(self, pairs: list[tuple[LLMatcher, int]]) -> None:
+    def _consume_tokens(self, executor: LLExecutor, pairs: list[tuple[LLMatcher, int]]) -> None:
         """While other Python threads go on, which llguidance lets them only where there are two matchers."""
         from llguidance import LLMatcher
 
         if len(pairs) == 1:
             pairs = [*pairs, (LLMatcher(self._compiler.tokenizer, "", log_level=0), 0)]  # in error: consumes nothing
-        self._executor.consume_token_par(pairs)
+        executor.consume_token_par(pairs)
 
     def _judge(self, rows: list[_GuidedRow]) -> None:
         """Whether the rows' matchers allow what the model can say."""
@@ -223,10 +225,10 @@ class GuidedRows:
             self._bits[row.slot] = -1
 
 
-def _new_executor() -> LLExecutor:
+def _new_executor(num_threads: int | None = None) -> LLExecutor:
     from llguidance import LLExecutor
 
-    return LLExecutor()
+    return LLExecutor(num_threads)
 
 
 def _copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:
