@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from pydantic import Field
 
-from ..records import TokenDelta
 from ..runtime.flow.mailbox import Mailbox
 from ..runtime.flow.operator import ERROR_PORT, Port, RecordKind, operator
 from .delta_pace import DeltaPace
@@ -71,7 +70,7 @@ edges:
     async def open(self) -> None:
         """Connect to the worker, and to its cache if somebody reads the events."""
         await super().open()
-        self._pace = DeltaPace(self.context.engine.worker.rest_deltas)
+        self._pace = DeltaPace(on_rested=lambda: self._back.put([]))
         self._rung: Mailbox[None] = Mailbox()
         self._logs = self._listen() if "events" in self.context.wired else []
 
@@ -98,10 +97,11 @@ edges:
             self._rung.close()
 
     async def _hand_on(self, records: list[Any], out: Outlet) -> None:
-        if not self._pace.rests and any(isinstance(record, TokenDelta) for record in records):
-            self._pace.begin_rest()
+        going = self._pace.take(records)
+        if self._pace.is_due:
+            going += self._pace.release()
             self._tasks.start_soon(self._pace.rest)
-        await self._send(records, out)
+        await self._send(going, out)
 
     async def _send_events(self, out: Outlet) -> None:
         ended = False

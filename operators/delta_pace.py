@@ -1,12 +1,13 @@
-"""How often deltas of streams leave the worker: as often as what is downstream can pass them on."""
+"""How often deltas of streams leave the worker's door: as often as what is downstream can pass them on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
 
+from ..records import TokenDelta
 from ..runtime.worker.driver import TURNS_TO_A_CALLER
 
 if TYPE_CHECKING:
@@ -17,27 +18,57 @@ _LONGEST_REST_S = 0.03
 
 
 class DeltaPace:
-    """Lets deltas rest while the last ones are being passed on, and for a while after that.
+    """Joins the deltas of a choice that come while the last ones are being passed on, and for a rest after that.
 
-    Where steps take longer than passing their deltas on, as with models of any size, none rests when it comes.
-    `rest_deltas` is the worker's.
+    The first delta of a choice and the last ones of a sequence do not wait. Where steps take longer than passing their
+    deltas on, as with models of any size, none does.
     """
 
-    def __init__(self, rest_deltas: Callable[[bool], None]) -> None:
-        self._rest_deltas = rest_deltas
-        self.rests = False
-        rest_deltas(False)
+    def __init__(self, on_rested: Callable[[], None]) -> None:
+        self._on_rested = on_rested
+        self._held: dict[int, dict[int, TokenDelta | None]] = {}  # by id of the sequence, and choice
+        self._waits = self._resting = False
 
-    def begin_rest(self) -> None:
-        """`rest` is about to run."""
-        self.rests = True
-        self._rest_deltas(True)
+    @property
+    def is_due(self) -> bool:
+        """Whether something is held, and its rest is over."""
+        return self._waits and not self._resting
+
+    def take(self, records: list[Any]) -> list[Any]:
+        """Those that go on at once; sequences, which have ended, with the deltas of theirs before them."""
+        going: list[Any] = []
+        for record in records:
+            if type(record) is not TokenDelta:
+                going += filter(None, self._held.pop(id(record), {}).values())
+                going.append(record)
+                continue
+            choices = self._held.setdefault(id(record.sequence), {})
+            if record.choice not in choices:
+                choices[record.choice] = None
+                going.append(record)
+            elif (held := choices[record.choice]) is not None:
+                held.tokens += record.tokens
+            else:
+                choices[record.choice] = record
+                self._waits = True
+        return going
+
+    def release(self) -> list[TokenDelta]:
+        """What is held; `rest` is to begin when it is sent."""
+        self._waits, self._resting = False, True
+        released = []
+        for choices in self._held.values():
+            for choice, held in choices.items():
+                if held is not None:
+                    released.append(held)
+                    choices[choice] = None
+        return released
 
     async def rest(self) -> None:
-        """Let the event loop pass on what has come, and rest three times as long as that took."""
+        """Let the event loop pass on what was released, and rest three times as long as that took."""
         begun = anyio.current_time()
         for _ in range(TURNS_TO_A_CALLER):
             await anyio.lowlevel.checkpoint()
         await anyio.sleep(min(_LONGEST_REST_S, _REST_PER_PASS * (anyio.current_time() - begun)))
-        self.rests = False
-        self._rest_deltas(False)
+        self._resting = False
+        self._on_rested()

@@ -70,9 +70,7 @@ class ResidentTable:
         self.launched = np.zeros(num_slots, np.int64)
         self.outputs_read = np.zeros(num_slots, np.int64)
         self.max_outputs = np.zeros(num_slots, np.int64)
-        self.watched = np.zeros(num_slots, bool)  # needs a look at each token: stop strings, logprobs
-        self.streams = np.zeros(num_slots, bool)  # its tokens are told as they come
-        self.told = np.zeros(num_slots, np.int64)  # how many of them have been
+        self.watched = np.zeros(num_slots, bool)  # needs a look at each token: streaming, stop strings, logprobs
         self.timeout = np.full(num_slots, np.inf)  # in monotonic seconds
         self.first_time = np.zeros(num_slots)
         self.last_time = np.zeros(num_slots)
@@ -111,9 +109,9 @@ class ResidentTable:
         at = np.array(slots, np.int64)
         self.state[at] = RowState.FREE
         self.epoch[at] += 1
-        self.computed[at] = self.launched[at] = self.outputs_read[at] = self.told[at] = self.num_blocks[at] = 0
+        self.computed[at] = self.launched[at] = self.outputs_read[at] = self.num_blocks[at] = 0
         self.stop_ids[at] = -1
-        self.watched[at] = self.streams[at] = False
+        self.watched[at] = False
         self.timeout[at] = np.inf
 
     def set_blocks(self, slot: int, blocks: NDArray[np.int32]) -> None:
@@ -158,9 +156,3 @@ class ResidentTable:
     def decoding(self) -> NDArray[np.int64]:
         """Slots that are to get a token, and have not all of theirs launched."""
         return np.flatnonzero(self.is_in(RowState.DECODE) & (self.launched < self.max_outputs))
-
-    def untold(self, slots: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Slots, all or of these, of streams with outputs that they were not told."""
-        if slots is None:
-            return np.flatnonzero(self.streams & (self.told < self.outputs_read))
-        return slots[self.streams[slots] & (self.told[slots] < self.outputs_read[slots])]

@@ -31,7 +31,7 @@ def foresee(worker: Worker, executor: SimulatedExecutor, time: VirtualTime) -> R
     if any(plan.chunks or plan.copies for plan in plans) or not (worker.is_full and worker.is_steady):
         return None
     table, slots = worker.table, worker.table.decoding()
-    if not len(slots) or table.has(RowState.PREFILL) or (table.watched | table.streams)[slots].any():
+    if not len(slots) or table.has(RowState.PREFILL) or table.watched[slots].any():
         return None
     if any(not np.array_equal(plan.decode_slots, slots) for plan in plans):
         return None

@@ -48,11 +48,13 @@ class Collector:
         sampling = sequence.sampling
         if sampling.stop:
             self._matchers[slot] = self._make_stop_matcher(sequence)
-        if sampling.stop or sampling.logprobs is not None:
+        if sequence.request.stream or sampling.stop or sampling.logprobs is not None:
             self._table.watched[slot] = True
 
-    def collect(self, plan: StepPlan, result: StepResult, prefilled: list[Sequence]) -> None:
-        """Store a step's tokens, append finished prompts to `prefilled`, end what ended."""
+    def collect(
+        self, plan: StepPlan, result: StepResult, prefilled: list[Sequence], decoded: list[Sequence | TokenDelta]
+    ) -> None:
+        """Store a step's tokens, append finished prompts to `prefilled` and deltas to `decoded`, end what ended."""
         table = self._table
         for index, logprobs in result.prompt_logprobs.items():
             self._store_prompt_logprobs(plan, index, logprobs)
@@ -81,7 +83,7 @@ class Collector:
         watched = np.flatnonzero(table.watched[slots])
         if len(watched):
             at = watched if rows is None else rows[watched]
-            self._look_at(slots[watched].tolist(), at.tolist(), tokens[watched].tolist(), result)
+            self._look_at(slots[watched].tolist(), at.tolist(), tokens[watched].tolist(), result, decoded)
         if len(first):
             self._give_back_prefilled(first, now, prefilled)
         ended = self.find_ended(slots[table.is_in(RowState.DECODE, slots)])
@@ -102,15 +104,20 @@ class Collector:
         owner.posted = True
         prefilled.append(owner.sequence)
 
-    def _look_at(self, slots: list[int], rows: list[int], tokens: list[int], result: StepResult) -> None:
+    def _look_at(
+        self, slots: list[int], rows: list[int], tokens: list[int], result: StepResult,
+        decoded: list[Sequence | TokenDelta],
+    ) -> None:  # fmt: skip
         for slot, at, token in zip(slots, rows, tokens, strict=True):
-            if slot in self._matchers:
-                self.push(slot, [token])
             row = self._table.rows[slot]
             assert row is not None
-            wanted = row.owner.sequence.sampling.logprobs
-            if result.logprobs is not None and wanted is not None:
-                self._store_logprobs(row.choice, wanted, token, at, result)
+            sequence = row.owner.sequence
+            if row.owner.decoding and sequence.request.stream:
+                decoded.append(TokenDelta(sequence, row.choice.index, [token]))
+            if slot in self._matchers:
+                self.push(slot, [token])
+            if result.logprobs is not None and sequence.sampling.logprobs is not None:
+                self._store_logprobs(row.choice, sequence.sampling.logprobs, token, at, result)
 
     @staticmethod
     def _store_logprobs(choice: Choice, wanted: int, token: int, at: int, result: StepResult) -> None:
@@ -153,18 +160,12 @@ class Collector:
         del sequence.prompt_logprobs[chunk.start + 1 :]
         sequence.prompt_logprobs.extend(logprobs)
 
-    def make_deltas(self, slots: NDArray[np.int64]) -> list[TokenDelta]:
-        """What these rows have got since they were told last."""
-        table = self._table
-        told, read = table.told[slots], table.outputs_read[slots]
-        table.told[slots] = read
-        deltas: list[TokenDelta] = []
-        for slot, begin, end in zip(slots.tolist(), told.tolist(), read.tolist(), strict=True):
-            row = table.rows[slot]
-            assert row is not None
-            tokens = table.outputs[slot, begin:end].tolist()
-            deltas.append(TokenDelta(row.owner.sequence, row.choice.index, tokens))
-        return deltas
+    def emit_first(self, slot: int, decoded: list[Sequence | TokenDelta]) -> None:
+        """Stream the tokens that a row got before it came to decode."""
+        row = self._table.rows[slot]
+        assert row is not None
+        tokens = self._table.outputs[slot, : self._table.outputs_read[slot]].tolist()
+        decoded.append(TokenDelta(row.owner.sequence, row.choice.index, tokens))
 
     def find_ended(self, slots: NDArray[np.int64]) -> list[Ending]:
         """Those of the rows, which have a token each, that have ended, looking at their last tokens."""

@@ -235,11 +235,6 @@ class DisaggregatedWorkers:
         for worker in self._decode:
             worker.limit_decode(max_batch)
 
-    def rest_deltas(self, rests: bool) -> None:
-        """See `Worker.rest_deltas`."""
-        for worker in self._decode:
-            worker.rest_deltas(rests)
-
     @property
     def on_prefilled(self) -> Callable[[list[Any]], None]:
         """Takes the sequences whose prompt was computed."""

@@ -18,8 +18,6 @@ from .collector import Collector
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from numpy.typing import NDArray
-
     from ...kv_runtime.cache import KVCache
     from ...records import Request
     from ..scheduler.lease import LeaseBook
@@ -148,8 +146,8 @@ class Residents:
                 self.end(owner, FinishReason.STOP)
                 continue
             if sequence.request.stream:
-                self._table.streams[owner.slots] = True
-                self.tell_streams(np.array(owner.slots))
+                for slot in owner.slots:
+                    self.collector.emit_first(slot, self.decoded)
             started += owner.slots
         slots = np.array(started, np.int64)
         lost = self._table.num_blocks[slots] == 0
@@ -164,10 +162,9 @@ class Residents:
             return
         self.before_end(endings)
         table = self._table
-        slots = [slot for slot, _ in endings]
-        self.tell_streams(np.array(slots))
         self.collector.fill_choices(endings)
         self._commit_outputs(endings)
+        slots = [slot for slot, _ in endings]
         self._blocks.forget(slots)
         finished: list[ResidentSequence] = []
         for slot in slots:
@@ -230,7 +227,6 @@ class Residents:
             owner = self.find(request)
             if owner is not None:
                 owner.posted, owner.decoding = True, False
-                self._table.streams[owner.slots] = False
                 self.end(owner, FinishReason.CANCELLED)
 
     def let_go(self, sequences: list[Sequence]) -> None:
@@ -264,12 +260,6 @@ class Residents:
                 self.end(row.owner, end.reason)
             else:
                 table.timeout[slot] = end.at  # its first token has come
-
-    def tell_streams(self, slots: NDArray[np.int64] | None = None) -> None:
-        """Let streams, all of them or those in these slots, have the tokens that they were not told."""
-        untold = self._table.untold(slots)
-        if len(untold):
-            self.decoded += self.collector.make_deltas(untold)
 
     # -- when something fails ----------------------------------------------------------------------------------------
 

@@ -43,8 +43,8 @@ log = logging.getLogger("sageLLM")
 
 
 class Worker:
-    """Runs steps while there is something to compute. Everything but `submit_*`, `cancel`, `reclaim`, `wake`,
-    `rest_deltas` and the planner's limits belongs to the thread (or task) that calls `step`."""
+    """Runs steps while there is something to compute. Everything but `submit_*`, `cancel`, `reclaim`, `wake` and the
+    planner's limits belongs to the thread (or task) that calls `step`."""
 
     def __init__(
         self,
@@ -69,7 +69,6 @@ class Worker:
         self.on_submitted: Callable[[], None] = lambda: None  # or `wake` was called
         self.workers = [self]
         self.steps = 0
-        self._deltas_rest = False
         self._losses = 0
         self._executor = executor
         self._kv = kv
@@ -141,10 +140,6 @@ class Worker:
     def limit_decode(self, max_batch: int) -> None:
         """From the next step on give at most so many rows a token at once."""
         self.planner.max_decode_batch = max_batch
-
-    def rest_deltas(self, rests: bool) -> None:
-        """While they rest, deltas of streams wait, and are joined: but for the first of a choice, and its last."""
-        self._deltas_rest = rests
 
     def _put(self, handler: Callable[[Any], None], argument: Any) -> None:
         with self._wakeup:  # what gets into the inbox before `abandon` is answered by it
@@ -256,7 +251,7 @@ class Worker:
 
     def _apply(self, plan: StepPlan, result: StepResult) -> None:
         self._residents.end_failed(plan, result.failed_rows)
-        self._residents.collector.collect(plan, result, self._residents.prefilled)
+        self._residents.collector.collect(plan, result, self._residents.prefilled, self._residents.decoded)
 
     def _is_ready(self) -> bool:
         while True:
@@ -292,8 +287,6 @@ class Worker:
 
     def post(self) -> None:
         """Give back what has come out of the steps."""
-        if not self._deltas_rest:
-            self._residents.tell_streams()
         if self._residents.prefilled:
             prefilled, self._residents.prefilled = self._residents.prefilled, []
             self.on_prefilled(prefilled)
