@@ -42,6 +42,7 @@ class Channel:
         self._handle = handle
         self._outputs: deque[dict[str, Any]] = deque()
         self._in_flight = 0
+        self._waiting = 0  # to be in flight
         self._has_ended = False
         self._is_closed = False
         self._submitter: int | None = None  # the last thread that submitted
@@ -54,10 +55,12 @@ class Channel:
             False where the channel has closed: the item is another one's.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._in_flight < max_in_flight)
             if self._is_closed:
                 return False
             self._submitter, self._has_ended = threading.get_ident(), False
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._in_flight < max_in_flight)
+            self._waiting -= 1
             self._in_flight += 1
         if has_failed(item):
             self._put(item)
@@ -100,7 +103,7 @@ class Channel:
 
     @property
     def _is_drained(self) -> bool:
-        return self._has_ended and not self._in_flight and not self._outputs
+        return self._has_ended and not (self._waiting or self._in_flight or self._outputs)
 
     def close_if_drained(self) -> bool:
         """Forget the channel if it has ended and all is out; the next flow with its name then gets another.

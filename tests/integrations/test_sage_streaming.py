@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -149,6 +150,26 @@ def test_who_still_submits_when_another_flow_has_ended_the_channel_gets_the_next
     goes_on.execute(END)
     complete = Completions(config=NULL)
     assert complete.execute()["text"] == "cde"
+    assert isinstance(complete.execute(), StopSignal)
+
+
+def test_the_end_is_told_also_when_an_item_waits_for_its_turn():
+    submit = SubmitRequests(config=NULL, options=THREE, max_in_flight=1)
+    channel = find_channel(find_handle(NULL), "")
+    submit.execute("a")
+    with channel._changed:
+        channel._in_flight += 1  # as if one more were computed, for long
+    with ThreadPoolExecutor() as threads:
+        waits = threads.submit(submit.execute, "a")
+        while not channel._waiting:
+            time.sleep(0.001)
+        channel.end()
+        with channel._changed:
+            channel._in_flight -= 1
+            channel._changed.notify_all()
+        waits.result()
+    complete = Completions(config=NULL)
+    assert [complete.execute()["text"] for _ in range(2)] == ["bcd", "bcd"]
     assert isinstance(complete.execute(), StopSignal)
 
 

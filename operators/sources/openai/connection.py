@@ -23,6 +23,7 @@ _uvicorn_log.setLevel(logging.ERROR)  # it warns of each connection that says ga
 
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 MAX_HEAD_BYTES = 64 * 1024
+_REQUESTS_IN_A_ROW = 64  # that wait for their turn on one connection
 _READ_AT_ONCE = 256 * 1024  # by the event loop: what comes with a head may be a body
 
 
@@ -76,6 +77,7 @@ class Connection(HttpToolsProtocol):
         self._answering: RequestResponseCycle | None = None  # of several requests in a row `cycle` is the last one
         self._read_timer: Any = None
         self._head_bytes = 0
+        self._in_head = False
         self._in_body = False  # or in none, at the end of the head
         self._in_chunks = True  # a stream's answer
 
@@ -161,17 +163,25 @@ class Connection(HttpToolsProtocol):
                 self._refuse(HTTPError(431, f"the headers have more than {MAX_HEAD_BYTES} bytes", "headers_too_large"))
                 return
         super().data_received(data)
-        if self._head_bytes and self._read_timer is None and not self.transport.is_closing():
-            self._await_head()  # the rest of one
+        awaits_head = not self._in_body and (self._in_head or self._is_idle)
+        if awaits_head and self._read_timer is None and not self.transport.is_closing():
+            self._await_head()  # also after blank lines, or a body that came late: uvicorn's own timer has been stopped
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= _REQUESTS_IN_A_ROW:
+            raise ValueError("requests came before those before them were answered")
         super().on_message_begin()
+        self._in_head = True
         self.scope["state"]["connection"] = self
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_body:  # else it is a trailer, which nobody reads
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
         self._head_bytes = 0
-        self._in_body = True
+        self._in_head, self._in_body = False, True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -189,7 +199,12 @@ class Connection(HttpToolsProtocol):
 
     # -- heads -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
     def _await_head(self) -> None:
+        self._stop_timer()
         self._read_timer = self.loop.call_later(self.config.limits.read_timeout_s, self._head_is_late)
 
     def _stop_timer(self) -> None:
@@ -199,7 +214,7 @@ class Connection(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self._read_timer = None
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self._is_idle:
             self._await_head()  # what it has been asked for before comes first
             return
         seconds = self.config.limits.read_timeout_s
@@ -207,8 +222,7 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: HTTPError) -> None:
         """Answer what is no request that an endpoint could see, and close."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and not self._in_body and not self.transport.is_closing():
+        if self._is_idle and not self._in_body and not self.transport.is_closing():
             self.transport.write(
                 b"HTTP/1.1 %d %b\r\ndate: %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
                 b"connection: close\r\n\r\n%b"

@@ -143,6 +143,41 @@ def test_half_a_request_behind_one_that_is_answered_ends_nothing_but_itself(quic
     is_fine(quick)
 
 
+@pytest.mark.parametrize("late", [b"0123456789", b"0123456789GET /hea"])
+def test_a_body_that_comes_when_its_request_has_been_answered_keeps_nothing_open(quick, late):
+    with quick.connect() as connection:
+        connection.sendall(head(b"/nope", length=10))
+        assert statuses(read_until(connection, b"not_found")) == [404]
+        connection.sendall(late)
+        read_all(connection)
+
+
+def test_half_a_head_that_comes_with_a_whole_request_times_out(quick):
+    assert statuses(send(quick, HEALTH + HEALTH[:-10])) == [200, 408]
+
+
+def test_trailers_are_not_kept(quick):
+    with quick.connect() as connection:
+        connection.sendall(head(b"/v1/completions", None, b"transfer-encoding: chunked"))
+        connection.sendall(b"%x\r\n%b\r\n0\r\n" % (len(BODY), BODY) + b"a: b\r\n" * 1000)
+        quick.until(lambda: quick.source.server._server.server_state.connections)
+        (served,) = quick.source.server._server.server_state.connections
+        connection.sendall(b"\r\n")
+        assert statuses(read_until(connection, b"usage")) == [200]
+        assert len(served.headers) < 10
+
+
+def test_too_many_requests_in_a_row_are_not_kept(quick):
+    with quick.connect() as connection:
+        connection.sendall(head(length=len(ENDLESS)) + ENDLESS)
+        read_until(connection, b"data: ")
+        (served,) = quick.source.server._server.server_state.connections
+        connection.sendall(HEALTH * 5000)
+        read_all(connection)
+        assert len(served.pipeline) <= 64
+    is_fine(quick)
+
+
 @pytest.mark.parametrize("came", [0, 5])
 def test_half_a_body_times_out(quick, came):
     answer = send(quick, head(length=len(BODY)) + BODY[:came])
