@@ -12,13 +12,11 @@ from math import prod
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING
 
-import torch
-from torch.multiprocessing.reductions import reduce_tensor
-
 from ....errors import ConfigError
 from .messages import CUDAPool, SharedMemoryPool
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ....backends.base import Backend
@@ -52,6 +50,8 @@ class PoolSharing:
     def describe(self, pool: Tensor) -> tuple[PoolDescription, tuple[int, ...]]:
         """How to `open_pool` it elsewhere: a description, and open files to send along."""
         if self._descriptor is None:
+            from torch.multiprocessing.reductions import reduce_tensor
+
             mapping = reduce_tensor(pool)  # type: ignore[no-untyped-call]
             return CUDAPool(bytes(ForkingPickler.dumps(mapping))), ()
         name = str(pool.dtype).removeprefix("torch.")
@@ -60,6 +60,8 @@ class PoolSharing:
 
 def open_pool(description: PoolDescription, descriptors: list[int]) -> Tensor:
     """Map a pool that another process has allocated; the open files stay the caller's."""
+    import torch  # the null model has no pool
+
     if isinstance(description, SharedMemoryPool):
         return _map(descriptors[0], description.shape, getattr(torch, description.dtype))
     rebuild, arguments = pickle.loads(description.handle)
@@ -68,5 +70,7 @@ def open_pool(description: PoolDescription, descriptors: list[int]) -> Tensor:
 
 
 def _map(descriptor: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    import torch
+
     memory = mmap.mmap(descriptor, prod(shape) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
