@@ -9,7 +9,6 @@ import anyio
 
 from ..config import InferenceMode
 from ..errors import RequestError
-from ..models.guide_compiler import json_rule
 from ..models.tool_calls import answer_or_call_grammar, forced_call_grammar, free_call_grammar
 from ..records import DeadLetter, Guide, GuideKind, Pooling, Request, SamplingParams, Sequence
 from ..runtime.flow.operator import ERROR_PORT, Operator, OperatorConfig, Outlet, Port, RecordKind, operator
@@ -110,6 +109,8 @@ class Tokenize(Operator[OperatorConfig]):
             if tool_format.bare:
                 told = "found tools and response_format, but this model's calls are JSON as its answers are: write one"
                 raise RequestError(told, "response_format")
+            from ..models.guide_compiler import json_rule  # numpy, which what only declares the stage does without
+
             answer = json_rule(guide)
             grammar = answer_or_call_grammar(tool_format, tools, control_ids, answer, choice.parallel)
         elif any(tool["function"].get("strict") for tool in tools):
