@@ -137,8 +137,8 @@ class Tokenize(Operator[OperatorConfig]):
         wanted = 0 if request.pooling is not None else 1
         if room < wanted:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens and the model's context {self._model.max_seq_len}: "
-                f"send at most {self._model.max_seq_len - wanted}"
+                f"the prompt has {len(prompt)} tokens, and this model's maximum context length is "
+                f"{self._model.max_seq_len}: send at most {self._model.max_seq_len - wanted}"
             )
         if request.pooling is not None:
             return Sequence(request, prompt, self._sample_nothing(request))

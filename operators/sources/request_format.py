@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
@@ -52,10 +52,21 @@ class TextPart(TypedDict, total=False):
     prompt_cache_breakpoint: Any
 
 
+def text_or_list(value: Any) -> str:
+    """Which branch of a union a value belongs to, so that only that one's errors are told."""
+    return "list" if isinstance(value, list) else "str"
+
+
+_Parts = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[TextPart], Tag("list")],
+    Discriminator(text_or_list),
+]
+
+
 @with_config(ConfigDict(extra="allow", strict=True))
 class Message(TypedDict, total=False):
     role: Required[Literal["system", "developer", "user", "assistant", "tool"]]
-    content: str | list[TextPart] | None
+    content: _Parts | None
     tool_calls: list[CalledTool] | None
     tool_call_id: str | None
 

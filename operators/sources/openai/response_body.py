@@ -11,7 +11,16 @@ from ....errors import RequestError
 from ....records import NO_LIMIT
 from ..guide_fields import Source  # noqa: TC001 - pydantic reads it
 from ..openai_fields import Null, Off, UsualTier, UsualVerbosity, only
-from ..request_format import STRICT, Alternatives, Count, OutputFields, ServiceFields, Text, request_from_body
+from ..request_format import (
+    STRICT,
+    Alternatives,
+    Count,
+    OutputFields,
+    ServiceFields,
+    Text,
+    request_from_body,
+    text_or_list,
+)
 from ..tool_fields import FunctionName  # noqa: TC001 - pydantic reads it
 
 if TYPE_CHECKING:
@@ -33,13 +42,9 @@ class ContentPart(TypedDict, total=False):
     logprobs: list[Any] | None
 
 
-def _text_or_list(value: Any) -> str:
-    return "str" if isinstance(value, str) else "list"
-
-
 _Content = Annotated[
     Annotated[str, Tag("str")] | Annotated[list[ContentPart], Tag("list")],
-    Discriminator(_text_or_list),
+    Discriminator(text_or_list),
 ]
 _Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -153,7 +158,7 @@ class ResponseBody(OutputFields, ServiceFields, total=False):
 
     model: str | None
     input: Required[
-        Annotated[Annotated[str, Tag("str")] | Annotated[_Items, Tag("list")], Discriminator(_text_or_list)]
+        Annotated[Annotated[str, Tag("str")] | Annotated[_Items, Tag("list")], Discriminator(text_or_list)]
     ]
     instructions: str | None
     max_output_tokens: Count | None

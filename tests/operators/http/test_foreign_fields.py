@@ -69,6 +69,9 @@ def test_responses(tiny_server, name):
         ({"guided_choice": ["yes", "no"]}, "guided_choice", 'write guided_regex: "(yes|no)"'),
         ({"request_id": "a"}, "request_id", "write the header X-Request-Id"),
         ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "write a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
+         "messages.0.content.0.type", "should be 'text'"),
+        ({"messages": [{"role": "user", "content": "a " * 2000}]}, None, "maximum context length is"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "leave them out"),
     ],
 )  # fmt: skip
