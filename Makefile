@@ -11,10 +11,10 @@ run: $(VENV)/.installed  ## install, then run the quickstart pipeline on the bui
 	$(BIN)/sagellm run pipelines/quickstart.yaml
 
 test: $(VENV)/.tested  ## everything CI checks; the soak goes first on each core, since it compares waits
-	$(BIN)/pytest tests/soak & soak=$$!; nice -n 19 $(MAKE) lint types others || { kill $$soak 2>/dev/null; exit 1; }; wait $$soak
+	$(BIN)/pytest tests/soak & soak=$$!; nice -n 19 $(MAKE) -j 3 lint types others || { kill $$soak 2>/dev/null; exit 1; }; wait $$soak
 
 others: $(VENV)/.tested
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/soak
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/soak
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
