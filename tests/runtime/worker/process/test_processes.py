@@ -20,18 +20,14 @@ from sageLLM.errors import ConfigError, ExecutorLostError, RequestError
 from sageLLM.runtime.scheduler.plan import PromptChunk, StepPlan
 from sageLLM.runtime.worker.process.remote_executor import RemoteExecutor
 
+from .conftest import processes_of
+
 # A process may take long to start where tests run.
 PATIENT = {"isolation": "process", "queue_timeout_s": 0, "request_timeout_s": 0}
 
 
 def config(**scheduler):
     return SageLLMConfig(model={"model_id": "builtin:null"}, scheduler={**PATIENT, **scheduler})
-
-
-def processes_of(parent):
-    """Process ids of the live children, zombies included."""
-    children = Path(f"/proc/{parent}/task").glob("*/children")
-    return {int(pid) for file in children for pid in file.read_text().split()}
 
 
 def wait_until(condition):

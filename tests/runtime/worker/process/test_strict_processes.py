@@ -7,7 +7,6 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,16 +22,13 @@ from sageLLM.runtime.scheduler.plan import KVExport, StepPlan
 from sageLLM.runtime.worker.process.remote_executor import RemoteExecutor
 from sageLLM.runtime.worker.process.shared_pool import PoolSharing, open_pool
 
+from .conftest import processes_of
+
 _RNG = random.Random(7)
 _BASE = [_RNG.randrange(4, 300) for _ in range(40)]
 PROMPTS = [
     _BASE[:n] + [_RNG.randrange(4, 300) for _ in range(m)] for n, m in ((0, 1), (0, 9), (13, 1), (17, 6), (40, 12))
 ]
-
-
-def processes():
-    children = Path("/proc/self/task").glob("*/children")
-    return sorted({int(pid) for file in children for pid in file.read_text().split()})
 
 
 def config(model, engine=None, **scheduler):
@@ -209,7 +205,7 @@ def test_a_worker_that_is_killed_under_load_changes_no_token(engine, alone, whom
 
 
 def test_killed_again_and_again_everybody_gets_one_end(null_tokens):
-    chance, before = random.Random(5), {*processes()}
+    chance, before = random.Random(5), processes_of()
     with SageLLMEngine(null(prefill_workers=2, on_transfer_failure="fail")) as engine:
         stopped = threading.Event()
         deaths = []
@@ -243,7 +239,7 @@ def test_killed_again_and_again_everybody_gets_one_end(null_tokens):
         killer.join()
         check_nothing_leaks(engine)
     assert deaths
-    assert {*processes()} <= before
+    assert processes_of() <= before
     for index, end in enumerate(ends):
         if isinstance(end, str):
             assert "its KV could not be handed over to decode" in end

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 
 from sageLLM import GenerateRequest, SageLLMConfig, SageLLMEngine
+
+from .conftest import processes_of
 
 _CHANCE = random.Random(5)
 PREFIXES = [[_CHANCE.randrange(5, 300) for _ in range(48)] for _ in range(5)]
@@ -45,9 +46,8 @@ def test_what_comes_up_tells_the_same_also_from_a_pool_that_was_lost(checkpoint_
         engine._services.tiers[0].fetcher.cost = None  # whatever this machine thinks is faster
         found = ask(engine, PROMPTS[:10])
         hits = engine.get_stats()["kv_tiers"]["ddr_hit_tokens"]
-        for file in Path("/proc/self/task").glob("*/children"):
-            for pid in file.read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
+        for pid in processes_of():
+            os.kill(pid, signal.SIGKILL)
         found += ask(engine, PROMPTS[10:])
         assert found == expected
         assert 0 < hits < engine.get_stats()["kv_tiers"]["ddr_hit_tokens"]
