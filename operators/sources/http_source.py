@@ -10,7 +10,7 @@ from ...errors import ConfigError
 from ...runtime.flow.operator import Operator, Port, RecordKind, operator
 from .net.intake import Intake
 from .net.keys import KeyRing
-from .net.listen import bind_tcp, tell_address
+from .net.listen import bind_again, tell_address
 from .net.tls import server_context
 from .openai.settings import HTTPConfig
 
@@ -73,10 +73,8 @@ edges:
         tls = None if config.tls is None else server_context(config.tls, base_dir)
         self.service = Service(config, self.context.engine, keys)
         limits = Limits(config.max_connections, config.read_timeout_s)
-        port = self.context.kept.get("port", config.port)  # a restarted source is found where it was
         scheme = "http" if tls is None else "https"
-        sockets = await bind_tcp(name, config.model_copy(update={"port": port}), scheme)
-        self.context.kept["port"] = sockets[0].getsockname()[1]
+        sockets = await bind_again(self.context, config, scheme)
         self.server = HTTPServer(allow_origins(App(self.service), config.cors_origins), limits, tls)
         await self.server.start(sockets)
         self.address = tell_address(name, scheme, config, sockets, keys.is_required, tls is not None)

@@ -19,6 +19,8 @@ from ....errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ....runtime.flow.operator import OperatorContext
+
 log = logging.getLogger("sageLLM")
 
 _BACKLOG = 4096
@@ -62,6 +64,18 @@ async def bind_tcp(name: str, config: ListenConfig, scheme: str = "tcp") -> list
         for bound in sockets:
             bound.close()
         raise ConfigError(_explain(name, error, f"{scheme}://{_bracketed(host)}:{port}")) from None
+    return sockets
+
+
+async def bind_again(context: OperatorContext, config: ListenConfig, scheme: str) -> list[socket.socket]:
+    """As `bind_tcp`; an operator that was restarted is found where it was.
+
+    Raises:
+        ConfigError: as `bind_tcp`.
+    """
+    port = context.kept.get("port", config.port)
+    sockets = await bind_tcp(context.name, config.model_copy(update={"port": port}), scheme)
+    context.kept["port"] = sockets[0].getsockname()[1]
     return sockets
 
 

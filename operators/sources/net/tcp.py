@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from .listen import ListenConfig, bind_tcp, tell_address
+from .listen import ListenConfig, bind_again, tell_address
 from .socket_source import SocketSource, SocketSourceConfig
 from .tls import TLSConfig, server_context
 
@@ -28,12 +28,10 @@ class TcpSocketSource(SocketSource[TcpConfigT]):
     schemes: ClassVar[tuple[str, str]]  # of the address, in plain and with TLS
 
     async def bind(self) -> list[socket.socket]:
-        name, config, kept = self.context.name, self.config, self.context.kept
-        has_tls = config.tls is not None
+        config, has_tls = self.config, self.config.tls is not None
         scheme = self.schemes[has_tls]
-        sockets = await bind_tcp(name, config.model_copy(update={"port": kept.get("port", config.port)}), scheme)
-        kept["port"] = sockets[0].getsockname()[1]
-        self.address = tell_address(name, scheme, config, sockets, self.keys.is_required, has_tls)
+        sockets = await bind_again(self.context, config, scheme)
+        self.address = tell_address(self.context.name, scheme, config, sockets, self.keys.is_required, has_tls)
         return sockets
 
     def make_tls(self) -> ssl.SSLContext | None:
